@@ -1,0 +1,100 @@
+"""The exception tree of broker_free. Standard library only: the local door's client imports it.
+
+BrokerFreeError
+├ InvalidInput            refused before anything changed
+│ └ TooLarge              over a limit of `Limits`
+├ UnknownPeer             no such member of the mesh
+├ PairingRefused          an invitation that is wrong, used or over
+├ UnsuitableHome          a state folder that cannot keep the promises
+│ └ NodeInUse             another process holds this home
+├ AddressInUse            the port to listen on is taken
+├ StoreFailed             SQLite or the disk said no
+│ ├ DiskLow               below the floor: nothing was accepted
+│ └ OutcomeUnknown        the commit failed after the wire was used: it may have happened
+├ OutboxFull              a peer's queue is at its limit
+├ TimedOut                what was waited for has not happened yet; nothing is lost by that
+├ NodeClosed              the node has been closed
+├ NodeUnreachable         nobody answers at the local door
+└ Refused                 the node's own error, carried over the local door (any code)
+"""
+
+from __future__ import annotations
+
+
+class BrokerFreeError(Exception):
+    """Say what happened and, where there is one, the next step. `code` is stable and kebab-case."""
+
+    code = "failed"
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class InvalidInput(BrokerFreeError, ValueError):
+    code = "invalid"
+
+
+class TooLarge(InvalidInput):
+    code = "too-large"
+
+
+class UnknownPeer(BrokerFreeError):
+    code = "unknown-peer"
+
+
+class PairingRefused(BrokerFreeError):
+    code = "pairing-refused"
+
+
+class UnsuitableHome(BrokerFreeError):
+    code = "unsuitable-home"
+
+
+class NodeInUse(UnsuitableHome):
+    code = "already-running"
+
+    def __init__(self, message: str, *, pid: int | None = None, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.pid = pid
+
+
+class AddressInUse(BrokerFreeError):
+    code = "address-in-use"
+
+
+class StoreFailed(BrokerFreeError):
+    code = "store-failed"
+
+
+class DiskLow(StoreFailed):
+    code = "disk-low"
+
+
+class OutcomeUnknown(StoreFailed):
+    code = "outcome-unknown"
+
+
+class OutboxFull(BrokerFreeError):
+    code = "outbox-full"
+
+
+class TimedOut(BrokerFreeError):
+    code = "timed-out"
+
+
+class NodeClosed(BrokerFreeError):
+    code = "node-closed"
+
+
+class NodeUnreachable(BrokerFreeError):
+    code = "node-unreachable"
+
+
+class Refused(BrokerFreeError):
+    """An error that the node raised and the local door carried to this process."""
+
+    def __init__(self, message: str, *, code: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.code = code

@@ -1,0 +1,51 @@
+"""Every bound of a node in one place, each with its reason. A limit that is hit is a typed error and a counter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1024
+MIB = 1024 * KIB
+DAY_MS = 86_400_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of one node. Bytes, milliseconds and counts, as each name says."""
+
+    body_bytes_max: int = MIB  # larger content blocks everything behind it on the same connection
+    metadata_bytes_max: int = 16 * KIB
+    pack_messages_max: int = 256  # one frame for the messages of one tick
+    pack_bytes_max: int = 512 * KIB  # a pack stays well under the transport's frame limit
+    outbox_messages_max: int = 10_000  # for each peer
+    outbox_bytes_max: int = 256 * MIB  # for each peer
+    recipients_max: int = 1_000  # of one publish
+    peers_max: int = 1_024
+    sessions_max: int = 256
+    interest_patterns_max: int = 1_000
+    ttl_ms_default: int = 7 * DAY_MS
+    ttl_ms_max: int = 14 * DAY_MS
+
+    credit_messages: int = 256  # un-acked messages a peer may have on the wire
+    credit_kib: int = 4 * KIB
+    in_doubt_max: int = 256  # ids listed in a resync; more are sent again and recognised as duplicates
+
+    tick_operations_max: int = 256  # group commit: what has arrived, never waiting for more
+    poll_frames_max: int = 1_024  # drained from the sockets in one tick
+    marks_delay_ms: int = 50  # acks already seen are written with the next commit, at the latest after this
+
+    dial_timeout_ms: int = 3_000  # a dropped SYN gives no event otherwise
+    hello_timeout_ms: int = 5_000
+    ack_silence_ms: int = 15_000  # no progress for so long: PING
+    pong_timeout_ms: int = 5_000
+    redial_ms_min: int = 250  # full jitter between these two
+    redial_ms_max: int = 30_000
+
+    heartbeat_ms: int = 2_000
+    suspect_after_ms: int = 6_000
+    down_after_ms: int = 15_000
+    lag_stretch_max: int = 8  # a node that was itself suspended stretches its time-outs up to this
+
+    free_disk_bytes_floor: int = 256 * MIB
+    retained_ms: int = DAY_MS  # delivered messages kept for a peer whose store goes back in time
+    retained_messages: int = 10_000

@@ -1,0 +1,130 @@
+"""The envelope: what one message is, on every node and in every table. Pure; knows neither wire nor store."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from types import MappingProxyType
+
+from broker_free.errors import InvalidInput, TooLarge
+from broker_free.limits import Limits
+from broker_free.subject import check_subject
+
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message as its sender made it. `(sender node id, id)` is its key everywhere."""
+
+    id: str  # lower-case UUIDv7, made before the first try, so that every try is the same message
+    subject: str
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
+    reply_to: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """A message in this node's inbox."""
+
+    row: int  # grows with every message accepted here; its order is the order of arrival
+    sender: str  # node id that the connection's key proved
+    id: str
+    subject: str
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
+    reply_to: str | None = None
+
+
+def new_id(now_ms: int) -> str:
+    """Make a UUIDv7 (RFC 9562 §5.7): 48 bits of time, 74 random bits, so ids sort by time and never repeat.
+
+    >>> new_id(0)[:15]
+    '00000000-0000-7'
+    """
+    value = (now_ms & 0xFFFF_FFFF_FFFF) << 80 | int.from_bytes(os.urandom(10), "big")
+    value = value & ~(0xF << 76) | 0x7 << 76  # version
+    value = value & ~(0x3 << 62) | 0x2 << 62  # variant
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def id_to_bytes(message_id: str) -> bytes:
+    """Turn an id into the 16 bytes that tables hold. Raises InvalidInput for anything but a canonical UUID."""
+    try:
+        raw = bytes.fromhex(message_id.replace("-", ""))
+    except (ValueError, AttributeError):
+        raise InvalidInput(f"{message_id!r} is not a message id", hint="ids are lower-case UUIDs") from None
+    if len(raw) != 16 or len(message_id) != 36:
+        raise InvalidInput(f"{message_id!r} is not a message id", hint="ids are lower-case UUIDs")
+    return raw
+
+
+def id_from_bytes(raw: bytes) -> str:
+    text = raw.hex()
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def metadata_of(message: Message) -> bytes:
+    """Return the metadata that travels and is stored beside the body: JSON, absent keys left out."""
+    meta: dict[str, object] = {"id": message.id, "subject": message.subject}
+    if message.reply_to:
+        meta["reply_to"] = message.reply_to
+    if message.headers:
+        meta["headers"] = dict(message.headers)
+    return json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def parse_metadata(raw: bytes, body: bytes, limits: Limits) -> Message:
+    """Read metadata that came from outside. Raises InvalidInput; nothing in it is believed before it is checked."""
+    if len(raw) > limits.metadata_bytes_max:
+        raise TooLarge(f"metadata of {len(raw)} bytes; the limit is {limits.metadata_bytes_max}")
+    if len(body) > limits.body_bytes_max:
+        raise TooLarge(f"a body of {len(body)} bytes; the limit is {limits.body_bytes_max}")
+    try:
+        meta = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise InvalidInput("metadata is not JSON") from None
+    if not isinstance(meta, dict):
+        raise InvalidInput("metadata is not an object")
+    message_id, subject, reply_to = meta.get("id"), meta.get("subject"), meta.get("reply_to")
+    headers = meta.get("headers") or _NO_HEADERS
+    if not isinstance(message_id, str) or not isinstance(subject, str):
+        raise InvalidInput("metadata needs an id and a subject")
+    if reply_to is not None and not isinstance(reply_to, str):
+        raise InvalidInput("reply_to is not text")
+    if headers is not _NO_HEADERS and not (
+        isinstance(headers, dict) and all(isinstance(value, str) for value in headers.values())
+    ):
+        raise InvalidInput("headers map text to text")
+    id_to_bytes(message_id)
+    check_subject(subject)
+    return Message(id=message_id, subject=subject, body=body, headers=headers, reply_to=reply_to)
+
+
+def check_message(message: Message, limits: Limits) -> bytes:
+    """Refuse what no peer would accept, before anything is written; return the metadata."""
+    check_subject(message.subject)
+    id_to_bytes(message.id)
+    if len(message.body) > limits.body_bytes_max:
+        raise TooLarge(
+            f"the body has {len(message.body)} bytes; the limit is {limits.body_bytes_max}",
+            hint="send a reference to it, or split it",
+        )
+    meta = metadata_of(message)
+    if len(meta) > limits.metadata_bytes_max:
+        raise TooLarge(f"headers of {len(meta)} bytes; the limit is {limits.metadata_bytes_max}")
+    return meta
+
+
+def digest_of(*, sender: str, lane: int, meta: bytes, body: bytes) -> bytes:
+    """Return 16 bytes over all that a message is. Stored with the row: SQLite's pages have no checksums."""
+    digest = blake2b(digest_size=16, person=b"broker_free\x001")
+    digest.update(b"%s\x00%d\x00%d\x00" % (sender.encode(), lane, len(meta)))
+    digest.update(meta)
+    digest.update(body)
+    return digest.digest()

@@ -1,0 +1,660 @@
+"""One tick of a node: what has arrived and what was asked for, one transaction, then the consequences. Pure.
+
+The order is the guarantee (`tick` reads like this list):
+
+1. Frames go through the links. What they say of the store is read before the transaction, so it is committed.
+2. BEGIN. Arrivals into the inbox, effects, acks seen, publishes: every statement, every constraint.
+3. DATA of plain publishes leaves now, so that the peer syncs its disk while this node syncs its own.
+4. COMMIT.
+5. ACKs and REJECTs, DATA that came from inside a transaction, and then everybody who waits is told.
+
+A publish made inside an effect or a `transact` never leaves before the commit: the effect might be run again
+after a crash, under new ids. When the COMMIT fails, every session that this tick used ends, and the resync of the
+next one finds out what the peer really holds.
+
+The store and the wire are Protocols: SQLite and ZeroMQ in a node, dictionaries and a seeded network in
+`broker_free.testing`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Protocol
+
+from broker_free import link as links
+from broker_free.errors import InvalidInput, OutcomeUnknown, StoreFailed, TooLarge, UnknownPeer
+from broker_free.frames import INTEREST, REGISTRY, Frame
+from broker_free.limits import Limits
+from broker_free.link import Ledger, Link, Queued
+from broker_free.message import Envelope, Message, check_message, new_id
+from broker_free.registry import Entry, Registry
+from broker_free.registry import decode as decode_entries
+from broker_free.registry import encode as encode_entries
+from broker_free.subject import check_pattern, matches
+
+log = logging.getLogger("broker_free")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """What became of one record that arrived."""
+
+    row: int = 0  # of the inbox, that of the first copy for a duplicate; 0 when refused
+    envelope: Envelope | None = None  # None for a duplicate
+    refused: str | None = None
+
+
+class Journal(Ledger, Protocol):
+    """The store as a tick needs it. Every method but begin, commit and rollback runs inside a transaction."""
+
+    def begin(self) -> None: ...
+    def commit(self) -> None: ...
+    def rollback(self) -> None: ...
+    def savepoint(self) -> AbstractContextManager[None]: ...
+
+    def accept(
+        self, sender: str, lane: int, records: Sequence[tuple[bytes, bytes]], now_ms: int
+    ) -> list[Accepted]:
+        """Insert what is new, recognise what is not, refuse what never can be."""
+        ...
+
+    def settle(self, row: int) -> None:
+        """An effect has dealt with this inbox row."""
+        ...
+
+    def failed(self, row: int, reason: str, now_ms: int) -> None:
+        """An effect has failed on this inbox row; it is tried again later, or dead after too many tries."""
+        ...
+
+    def due(self, now_ms: int, limit: int) -> list[Envelope]:
+        """Return inbox rows whose effect is to be tried again."""
+        ...
+
+    def has_due(self, now_ms: int) -> bool:
+        """Say cheaply whether `due` would return anything. Called outside transactions too."""
+        ...
+
+    def enqueue(
+        self, message: Message, meta: bytes, recipients: Sequence[str], *, ttl_ms: int | None, now_ms: int
+    ) -> list[tuple[str, int]]:
+        """Store one body and an outbox row for each recipient; return (peer, row) pairs.
+
+        A recipient that already has this id is left out: a retry under the caller's own id is no second message.
+        """
+        ...
+
+    def mark_delivered(self, rows: Sequence[tuple[str, int]], now_ms: int) -> None: ...
+    def mark_delivered_ids(self, peer: str, ids: Sequence[str], now_ms: int) -> None: ...
+    def mark_dead(self, peer: str, row: int, reason: str, now_ms: int) -> None: ...
+    def note_acked(self, peer: str, message_id: str, row: int) -> None: ...
+    def requeue(self, peer: str, now_ms: int) -> int:
+        """Queue the retained delivered window of a peer again, and forget what it last acked."""
+        ...
+
+    def registry_save(self, entries: Sequence[Entry]) -> None: ...
+    def save_interest(self, peer: str, patterns: Sequence[str]) -> None: ...
+
+
+class Wire(Protocol):
+    """The sockets as a tick needs them."""
+
+    def send(self, conn: int, frame: Frame) -> bool:
+        """Hand a frame over without blocking. False: it could not leave, and the session is over."""
+        ...
+
+    def close(self, conn: int) -> None: ...
+    def dial(self, peer: str) -> int | None:
+        """Start a fresh connection; None when no address is known."""
+        ...
+
+
+class Tx:
+    """What a transactional effect may do. Valid only while its function runs."""
+
+    def __init__(self, tick: Tick, now_ms: int) -> None:
+        self.now_ms = now_ms  # UTC
+        self._tick = tick
+        self.held_back: list[str] = []  # peers with rows that leave after the commit
+        self.entries: list[Entry] = []
+        self.arrivals: list[Envelope] = []  # what it published to this node itself
+        self.callbacks: list[Callable[[], None]] = []
+
+    def publish(
+        self,
+        subject: str,
+        body: bytes,
+        *,
+        to: Sequence[str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        ttl_ms: int | None = None,
+        message_id: str | None = None,
+    ) -> str:
+        """Queue a message in this transaction and return its id. It leaves only after the commit.
+
+        `to` names node ids; without it, whoever is interested in the subject.
+        """
+        message = Message(
+            id=message_id or new_id(self.now_ms), subject=subject, body=body, headers=headers or {}
+        )
+        rows, arrivals = self._tick.queue(message, to, ttl_ms)
+        self.held_back += [peer for peer, _ in rows]
+        self.arrivals += arrivals
+        return message.id
+
+    def registry_put(self, bucket: str, key: str, value: Mapping[str, Any] | None) -> None:
+        """Write a replicated entry in this transaction; None deletes it. Peers hear of it after the commit."""
+        self.entries.append(self._tick.registry.make(bucket, key, value, now_ms=self.now_ms))
+
+    def after_commit(self, fn: Callable[[], None]) -> None:
+        """Have `fn` called on the event loop once this transaction is on disk."""
+        self.callbacks.append(fn)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Publish:
+    """A plain publish: it may be on the wire while its own commit runs."""
+
+    message: Message
+    recipients: (
+        Sequence[str] | None
+    )  # None: whoever is interested when the transaction runs, offline ones included
+    ttl_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Transact:
+    """A function to run in the transaction, in a savepoint of its own."""
+
+    fn: Callable[..., Any]  # Any: the caller's own arguments and result
+    args: tuple[Any, ...] = ()
+
+
+Work = Publish | Transact
+Effect = Callable[[Tx, Envelope], None]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a tick has to tell. All of it is on disk, here or at the peer that said so."""
+
+    results: list[tuple[Work, Any]] = field(default_factory=list)  # Any: what the work's function returned
+    failures: list[tuple[Work, BaseException]] = field(default_factory=list)
+    arrivals: list[Envelope] = field(default_factory=list)
+    callbacks: list[Callable[[], None]] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    delivered: list[tuple[str, str]] = field(default_factory=list)  # (message id, peer)
+    dead: list[tuple[str, str, str]] = field(default_factory=list)  # (message id, peer, reason)
+    opened: list[tuple[str, links.Opened]] = field(default_factory=list)
+    lost: list[tuple[str, str]] = field(default_factory=list)  # (peer, reason)
+    regressed: list[str] = field(default_factory=list)
+    error: StoreFailed | None = None  # why the transaction failed; the first five lists are empty then
+
+
+@dataclass(slots=True)
+class _Arrival:
+    peer: str
+    arrived: links.Arrived
+    accepted: list[Accepted] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Inputs:
+    """What the frames of this tick ask the transaction for."""
+
+    arrivals: list[_Arrival] = field(default_factory=list)
+    resynced: list[tuple[str, links.AckedIds]] = field(default_factory=list)
+    rejected: list[tuple[str, links.Rejected]] = field(default_factory=list)
+    regressed: list[str] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    interests: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    has_opened: bool = False  # acks seen earlier are written before a new session's pump reads
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.arrivals
+            or self.resynced
+            or self.rejected
+            or self.regressed
+            or self.entries
+            or self.interests
+            or self.has_opened
+        )
+
+
+class Tick:
+    """The engine of a node: its links, its effects, and the order in which things happen."""
+
+    def __init__(
+        self,
+        *,
+        me: str,
+        boot: int,
+        about: Callable[[], Mapping[str, Any]],
+        journal: Journal,
+        wire: Wire,
+        limits: Limits,
+        random: Random,
+        registry: Registry,
+    ) -> None:
+        self.me = me
+        self.registry = registry
+        self.interest: tuple[str, ...] = ()  # this node's own patterns
+        self.interests: dict[str, tuple[str, ...]] = {}  # of each peer
+        self.links: dict[str, Link] = {}
+        self._boot = boot
+        self._about = about
+        self._journal = journal
+        self._wire = wire
+        self._limits = limits
+        self._random = random
+        self._effects: list[tuple[str, Effect]] = []
+        self._dialled: dict[int, str] = {}  # connections opened here -> peer
+        self._marks: list[tuple[str, int]] = []  # acks seen, not yet written: they ride on the next commit
+        self._marks_last: dict[str, tuple[str, int]] = {}
+        self._marks_due_ms: int | None = None
+        self._inputs = _Inputs()
+        self._outcome = Outcome()
+        self._now_ms = 0  # monotonic
+        self._utc_ms = 0
+
+    # -- set-up ---------------------------------------------------------------------------------------------
+
+    def add_effect(self, pattern: str, fn: Effect) -> None:
+        check_pattern(pattern)
+        self._effects.append((pattern, fn))
+        self.interest = tuple(sorted({*self.interest, pattern}))
+
+    def add_interest(self, pattern: str) -> None:
+        """Add a subscription's pattern and tell the peers."""
+        check_pattern(pattern)
+        self.interest = tuple(sorted({*self.interest, pattern}))
+        for peer in self.links:
+            self._tell_interest(peer)
+
+    def add_peer(self, peer: str) -> None:
+        if peer in self.links or peer == self.me:
+            return
+        self.links[peer] = Link(
+            me=self.me,
+            boot=self._boot,
+            peer=peer,
+            about=self._about,
+            ledger=self._journal,
+            limits=self._limits,
+            random=self._random,
+        )
+
+    def ping(self, peer: str) -> None:
+        link = self.links.get(peer)
+        if link is not None:
+            self._do(peer, link.ping(self._now_ms))
+
+    def remove_peer(self, peer: str) -> None:
+        link = self.links.get(peer)
+        if link:
+            self._do(peer, link.drop("removed", self._now_ms))
+            del self.links[peer]
+            self.interests.pop(peer, None)
+
+    def peer_of(self, conn: int) -> str:
+        """Return the peer of a connection dialled here, or an empty string."""
+        return self._dialled.get(conn, "")
+
+    # -- what has arrived -----------------------------------------------------------------------------------
+
+    def start(self, *, now_ms: int, utc_ms: int) -> None:
+        """Begin a tick. `now_ms` is monotonic and rules time-outs; `utc_ms` is what tables record."""
+        self._now_ms, self._utc_ms = now_ms, utc_ms
+
+    def connected(self, conn: int) -> None:
+        peer = self._dialled.get(conn)
+        if peer is None or peer not in self.links:
+            self._wire.close(conn)
+            return
+        self._do(peer, self.links[peer].on_connected(conn, self._now_ms))
+
+    def closed(self, conn: int, reason: str) -> None:
+        peer = self._dialled.pop(conn, None)
+        if peer is not None and peer in self.links:
+            self._do(peer, self.links[peer].on_closed(conn, reason, self._now_ms))
+
+    def frame(self, peer: str, conn: int, frame: Frame) -> None:
+        link = self.links.get(peer)
+        if link is not None:
+            self._do(peer, link.on_frame(conn, frame, self._now_ms))
+
+    # -- the tick itself ------------------------------------------------------------------------------------
+
+    def run(self, work: Sequence[Work]) -> Outcome:
+        """Finish the tick: one transaction if there is anything to write, then its consequences."""
+        for peer, link in self.links.items():
+            self._do(peer, link.on_tick(self._now_ms))
+        if work or self._inputs or self._marks_are_due() or self._journal.has_due(self._utc_ms):
+            self._transaction(work)
+        for peer, link in self.links.items():
+            self._do(peer, link.pump())
+        for peer, link in self.links.items():
+            if link.wants_dial(self._now_ms):
+                self._dial(peer, link)
+        outcome, self._outcome = self._outcome, Outcome()
+        return outcome
+
+    def next_wake_ms(self) -> int:
+        """Return the monotonic time at which `run` has something to do though nothing arrives."""
+        times = [link.next_wake_ms(self._now_ms) for link in self.links.values()]
+        if self._marks_due_ms is not None:
+            times.append(self._marks_due_ms)
+        return min(times, default=self._now_ms + 60_000)
+
+    def close(self) -> None:
+        """Write what is pending and say goodbye, so that peers dial again at once when this node is back."""
+        if self._marks:
+            self._transaction(())
+        for peer, link in self.links.items():
+            self._do(peer, link.drop("closing", self._now_ms))
+
+    def _transaction(self, work: Sequence[Work]) -> None:
+        inputs, self._inputs = self._inputs, _Inputs()
+        outcome = Outcome()
+        offered: set[str] = set()
+        sent_early = False
+        try:
+            self._journal.begin()
+            self._write_inputs(inputs, outcome)
+            for one in work:
+                self._perform(one, outcome, offered)
+            for peer in offered:
+                sent_early = self._do(peer, self.links[peer].flush()) or sent_early
+            self._journal.commit()
+        except StoreFailed as error:
+            self._journal.rollback()
+            self._fail(work, error, sent_early)
+            return
+        self._marks.clear()
+        self._marks_last.clear()
+        self._marks_due_ms = None
+        self._acknowledge(inputs)
+        self._spread(outcome.entries, inputs)
+        outcome.entries += inputs.entries
+        outcome.regressed += inputs.regressed
+        self._outcome = _joined(self._outcome, outcome)
+
+    def _write_inputs(self, inputs: _Inputs, outcome: Outcome) -> None:
+        journal, utc_ms = self._journal, self._utc_ms
+        for arrival in inputs.arrivals:
+            arrival.accepted = journal.accept(
+                arrival.peer, arrival.arrived.lane, arrival.arrived.records, utc_ms
+            )
+            self._apply_effects([one.envelope for one in arrival.accepted if one.envelope], outcome)
+        if self._marks:
+            journal.mark_delivered(self._marks, utc_ms)
+        for peer, (message_id, row) in self._marks_last.items():
+            journal.note_acked(peer, message_id, row)
+        for peer, resync in inputs.resynced:
+            journal.mark_delivered_ids(peer, resync.ids, utc_ms)
+            journal.note_acked(peer, *resync.last)
+        for peer, rejected in inputs.rejected:
+            journal.mark_dead(peer, rejected.row, rejected.reason, utc_ms)
+            outcome.dead.append((rejected.id, peer, rejected.reason))
+        for peer in inputs.regressed:
+            count = journal.requeue(peer, utc_ms)
+            log.warning("peer's store went back in time", extra={"peer": peer, "requeued": count})
+        if inputs.entries:
+            journal.registry_save(inputs.entries)
+        for peer, patterns in inputs.interests.items():
+            journal.save_interest(peer, patterns)
+        self._apply_effects(journal.due(utc_ms, self._limits.tick_operations_max), outcome)
+
+    def _perform(self, work: Work, outcome: Outcome, offered: set[str]) -> None:
+        try:
+            if isinstance(work, Publish):
+                outcome.results.append((work, self._publish(work, outcome, offered)))
+            else:
+                tx = Tx(self, self._utc_ms)
+                with self._journal.savepoint():
+                    result = work.fn(tx, *work.args)
+                    if inspect.iscoroutine(result):
+                        result.close()
+                        raise TypeError("transact takes a plain function, not a coroutine function")
+                    self._write_entries(tx)
+                self._absorb(tx, outcome)
+                outcome.results.append((work, result))
+        except StoreFailed:
+            raise
+        except Exception as error:  # noqa: BLE001  the caller's function may raise anything; its savepoint is undone
+            outcome.failures.append((work, error))
+
+    def _publish(self, work: Publish, outcome: Outcome, offered: set[str]) -> list[str]:
+        """Queue a plain publish and offer it to the links at once. Returns the peers it was queued for."""
+        meta, rows, arrivals = self._queue(work.message, work.recipients, work.ttl_ms)
+        for peer, row in rows:
+            link = self.links.get(peer)
+            if link is not None and link.offer(
+                Queued(row=row, id=work.message.id, meta=meta, body=work.message.body)
+            ):
+                offered.add(peer)
+        self._apply_effects(arrivals, outcome)
+        return [peer for peer, _ in rows]
+
+    def _interested(self, subject: str) -> list[str]:
+        """Return the members, offline ones included, whose interest covers a subject."""
+        everybody = {self.me: self.interest, **self.interests}
+        return [
+            peer for peer, patterns in everybody.items() if any(matches(one, subject) for one in patterns)
+        ]
+
+    def queue(
+        self, message: Message, recipients: Sequence[str] | None, ttl_ms: int | None
+    ) -> tuple[list[tuple[str, int]], list[Envelope]]:
+        """Queue a message from inside a transaction: (peer, outbox row) pairs and what arrived here by it."""
+        _, rows, arrivals = self._queue(message, recipients, ttl_ms)
+        return rows, arrivals
+
+    def _queue(
+        self, message: Message, recipients: Sequence[str] | None, ttl_ms: int | None
+    ) -> tuple[bytes, list[tuple[str, int]], list[Envelope]]:
+        meta = check_message(message, self._limits)
+        if ttl_ms is not None and not 0 < ttl_ms <= self._limits.ttl_ms_max:
+            raise InvalidInput(
+                f"a lifetime of {ttl_ms} ms; it must be positive and at most {self._limits.ttl_ms_max}"
+            )
+        if recipients is None:
+            recipients = self._interested(message.subject)
+        if len(recipients) > self._limits.recipients_max:
+            raise TooLarge(f"{len(recipients)} recipients; the limit is {self._limits.recipients_max}")
+        for peer in recipients:
+            if peer != self.me and peer not in self.links:
+                raise UnknownPeer(
+                    f"no member {peer!r} in this mesh", hint="pair with it by an invitation first"
+                )
+        remote = [peer for peer in dict.fromkeys(recipients) if peer != self.me]
+        rows = self._journal.enqueue(message, meta, remote, ttl_ms=ttl_ms, now_ms=self._utc_ms)
+        arrivals: list[Envelope] = []
+        if self.me in recipients:
+            accepted = self._journal.accept(self.me, 0, [(meta, message.body)], self._utc_ms)
+            arrivals = [one.envelope for one in accepted if one.envelope]
+        return meta, rows, arrivals
+
+    def _apply_effects(self, envelopes: Iterable[Envelope], outcome: Outcome) -> None:
+        """Run the effects of new messages, those included that an effect publishes to this node itself."""
+        waiting = deque(envelopes)
+        while waiting:
+            envelope = waiting.popleft()
+            outcome.arrivals.append(envelope)
+            effects = [fn for pattern, fn in self._effects if matches(pattern, envelope.subject)]
+            if not effects:
+                continue
+            tx = Tx(self, self._utc_ms)
+            try:
+                with self._journal.savepoint():
+                    for effect in effects:
+                        effect(tx, envelope)
+                    self._write_entries(tx)
+                    self._journal.settle(envelope.row)
+            except StoreFailed:
+                raise
+            except Exception as error:
+                # One bad message must not stop the others: it is kept, tried again, and dead after too many tries.
+                log.exception("effect failed", extra={"id": envelope.id, "subject": envelope.subject})
+                self._journal.failed(envelope.row, f"{type(error).__name__}: {error}"[:200], self._utc_ms)
+                continue
+            waiting += tx.arrivals
+            tx.arrivals = []
+            self._absorb(tx, outcome)
+
+    def _write_entries(self, tx: Tx) -> None:
+        if tx.entries:
+            self._journal.registry_save(tx.entries)
+
+    def _absorb(self, tx: Tx, outcome: Outcome) -> None:
+        """Take over what a function did, now that its savepoint is released."""
+        for peer in tx.held_back:
+            link = self.links.get(peer)
+            if link is not None:
+                link.hold_back()
+        outcome.entries += tx.entries
+        outcome.callbacks += tx.callbacks
+        self._apply_effects(tx.arrivals, outcome)
+
+    def _acknowledge(self, inputs: _Inputs) -> None:
+        """Ack what is on disk now: rejects first, then one ack for the last record of each session."""
+        acks: dict[tuple[str, int], tuple[int, int]] = {}
+        for arrival in inputs.arrivals:
+            link, arrived = self.links.get(arrival.peer), arrival.arrived
+            if link is None:
+                continue
+            first = arrived.seq - len(arrival.accepted) + 1
+            row = acks.get((arrival.peer, arrived.session), (0, 0))[1]
+            for seq, accepted in enumerate(arrival.accepted, start=first):
+                if accepted.refused is not None:
+                    self._do(
+                        arrival.peer, link.reject(session=arrived.session, seq=seq, reason=accepted.refused)
+                    )
+                row = accepted.row or row
+            acks[arrival.peer, arrived.session] = (arrived.seq, row)
+        for (peer, session), (seq, row) in acks.items():
+            self._do(peer, self.links[peer].committed(session=session, seq=seq, row=row))
+
+    def _spread(self, own: Sequence[Entry], inputs: _Inputs) -> None:
+        """Make registry entries and interests count, and tell the peers about this node's own."""
+        self.registry.apply(own)
+        self.registry.apply(inputs.entries)
+        self.interests.update(inputs.interests)
+        for body in encode_entries(own):
+            for peer, link in self.links.items():
+                self._do(peer, link.tell(REGISTRY, body))
+
+    def _fail(self, work: Sequence[Work], error: StoreFailed, sent_early: bool) -> None:
+        """Nothing of this tick is on disk. End every session: what was sent early is found out by the resync."""
+        log.error("transaction failed", extra={"error": error.message})
+        for peer, link in self.links.items():
+            self._do(peer, link.drop("commit failed", self._now_ms))
+        cause: StoreFailed = error
+        if sent_early:
+            cause = OutcomeUnknown(
+                f"the commit failed after messages had left: {error.message}",
+                hint="publish again under the same message id; a copy that did arrive is recognised",
+            )
+        self._outcome.failures += [(one, cause) for one in work]
+        self._outcome.error = error
+
+    # -- carrying out what the links say --------------------------------------------------------------------
+
+    def _do(self, peer: str, actions: Iterable[links.Action]) -> bool:
+        """Carry out a link's actions in order. Returns whether any frame left."""
+        has_sent = False
+        for action in actions:
+            match action:
+                case links.Send(conn, frame):
+                    if self._wire.send(conn, frame):
+                        has_sent = True
+                    elif self.links[peer].conn == conn:
+                        self._do(peer, self.links[peer].drop("could not send", self._now_ms))
+                case links.Close(conn):
+                    self._dialled.pop(conn, None)
+                    self._wire.close(conn)
+                case links.Arrived():
+                    self._inputs.arrivals.append(_Arrival(peer, action))
+                case links.Acked(rows, last):
+                    self._marks += [(peer, row) for row, _ in rows]
+                    self._marks_last[peer] = last
+                    self._marks_due_ms = self._marks_due_ms or self._now_ms + self._limits.marks_delay_ms
+                    self._outcome.delivered += [(message_id, peer) for _, message_id in rows]
+                case links.AckedIds(ids, _):
+                    self._inputs.resynced.append((peer, action))
+                    self._outcome.delivered += [(message_id, peer) for message_id in ids]
+                case links.Rejected():
+                    self._inputs.rejected.append((peer, action))
+                case links.Regressed():
+                    self._inputs.regressed.append(peer)
+                case links.Opened():
+                    self._on_opened(peer, action)
+                case links.Lost(reason):
+                    self._outcome.lost.append((peer, reason))
+                case links.Control(frame):
+                    self._on_control(peer, frame)
+        return has_sent
+
+    def _on_opened(self, peer: str, opened: links.Opened) -> None:
+        self._inputs.has_opened = True
+        self._outcome.opened.append((peer, opened))
+        self._tell_interest(peer)
+        for body in encode_entries(self.registry.own()):
+            self._do(peer, self.links[peer].tell(REGISTRY, body))
+
+    def _tell_interest(self, peer: str) -> None:
+        body = json.dumps(self.interest).encode()
+        self._do(peer, self.links[peer].tell(INTEREST, body))
+
+    def _on_control(self, peer: str, frame: Frame) -> None:
+        try:
+            if frame.kind == REGISTRY:
+                entries = decode_entries(frame.body, origin=peer)
+                self._inputs.entries += self.registry.newer(entries, now_ms=self._utc_ms)
+            else:
+                patterns = _patterns_of(frame.body, self._limits)
+                if patterns != self.interests.get(peer):
+                    self._inputs.interests[peer] = patterns
+        except InvalidInput as error:
+            self._do(peer, self.links[peer].drop(error.message, self._now_ms))
+
+    def _dial(self, peer: str, link: Link) -> None:
+        conn = self._wire.dial(peer)
+        if conn is None:
+            link.dial_failed(self._now_ms)
+            return
+        self._dialled[conn] = peer
+        link.dialling(conn, self._now_ms)
+
+    def _marks_are_due(self) -> bool:
+        return self._marks_due_ms is not None and (
+            self._now_ms >= self._marks_due_ms or len(self._marks) >= self._limits.tick_operations_max
+        )
+
+
+def _patterns_of(body: bytes, limits: Limits) -> tuple[str, ...]:
+    try:
+        patterns = json.loads(body)
+    except (ValueError, RecursionError):
+        raise InvalidInput("interest that is not JSON") from None
+    if not isinstance(patterns, list) or len(patterns) > limits.interest_patterns_max:
+        raise InvalidInput("interest that is not a short list")
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise InvalidInput("an interest that is not text")
+        check_pattern(pattern)
+    return tuple(patterns)
+
+
+def _joined(earlier: Outcome, later: Outcome) -> Outcome:
+    for name in Outcome.__slots__:
+        if name != "error":
+            getattr(earlier, name).extend(getattr(later, name))
+    return earlier
