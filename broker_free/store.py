@@ -216,6 +216,7 @@ class Store:
                 f"cannot open the store {self._path}: {error}", hint="restore a backup, or move the file away"
             ) from error
         if version > SCHEMA_VERSION:
+            self._db.close()
             raise UnsuitableHome(
                 f"the store {self._path} was written by a newer version (schema {version})",
                 hint="upgrade this installation",

@@ -1,0 +1,408 @@
+"""broker_free's promises through its public door: real sockets, real files, real killed processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from broker_free import Node, Tx, faults
+from broker_free.errors import (
+    AddressInUse,
+    InvalidInput,
+    NodeInUse,
+    PairingRefused,
+    TimedOut,
+    UnknownPeer,
+    UnsuitableHome,
+)
+from broker_free.message import Envelope
+
+T = TypeVar("T")
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(asyncio.wait_for(main, 60))
+
+
+async def until(predicate: Callable[[], object], timeout: float = 10) -> None:
+    async with asyncio.timeout(timeout):
+        while not predicate():
+            await asyncio.sleep(0.005)
+
+
+async def pair(inviting: Node, joining: Node) -> None:
+    await joining.join((await inviting.invite()).encode())
+    await until(lambda: all(peer.link == "open" for node in (inviting, joining) for peer in node.peers()))
+
+
+def collecting(node: Node, pattern: str = "t.>") -> list[Envelope]:
+    arrived: list[Envelope] = []
+    node.effect(pattern, lambda tx, envelope: tx.after_commit(lambda: arrived.append(envelope)))
+    return arrived
+
+
+def test_an_invitation_makes_both_sides_each_others_peers(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a, Node("b", home=tmp_path / "b") as b:
+            await pair(a, b)
+            assert [(p.name, p.node_id, p.state) for p in a.peers()] == [("b", b.node_id, "alive")]
+            assert [(p.name, p.node_id, p.state) for p in b.peers()] == [("a", a.node_id, "alive")]
+
+    run(main())
+
+
+def test_an_invitation_works_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with (
+            Node("a", home=tmp_path / "a") as a,
+            Node("b", home=tmp_path / "b") as b,
+            Node("c", home=tmp_path / "c") as c,
+        ):
+            code = (await a.invite()).encode()
+            await b.join(code)
+            with pytest.raises(PairingRefused, match="refused this code"):
+                await c.join(code)
+            assert [p.name for p in a.peers()] == ["b"]
+            assert c.peers() == []
+
+    run(main())
+
+
+def test_an_expired_invitation_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a, Node("b", home=tmp_path / "b") as b:
+            code = (await a.invite(ttl_ms=1)).encode()
+            await asyncio.sleep(0.01)  # the one thing waited for is time itself
+            with pytest.raises(PairingRefused, match="expired"):
+                await b.join(code)
+            assert (a.peers(), b.peers()) == ([], [])
+
+    run(main())
+
+
+def test_a_code_that_was_mistyped_or_is_ones_own_is_refused_before_anything_is_dialled(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a:
+            code = (await a.invite()).encode()
+            with pytest.raises(PairingRefused, match="this very node"):
+                await a.join(code)
+            with pytest.raises(InvalidInput):
+                await a.join(code[:-3] + "AAA")
+
+    run(main())
+
+
+def test_delivered_means_on_disk_at_the_peer_and_not_before(tmp_path: Path) -> None:
+    async def main() -> None:
+        a, b = Node("a", home=tmp_path / "a"), Node("b", home=tmp_path / "b")
+        arrived = collecting(b)
+        async with a, b:
+            await pair(a, b)
+            await a.publish("t.first", b"", to=[b.node_id])
+            await until(lambda: arrived)
+
+            with faults.hold("before-commit") as held:  # both owner threads pass this point
+                sending = asyncio.ensure_future(a.publish("t.second", b"body", to=[b.node_id]))
+                await until(held.reached.is_set)
+                assert not sending.done()
+                assert len(arrived) == 1
+                held.release()
+                receipt = await sending
+            await receipt.delivered(5)
+            assert [(e.subject, e.body, e.sender) for e in arrived[1:]] == [("t.second", b"body", a.node_id)]
+
+    run(main())
+
+
+def test_mail_for_a_node_that_is_down_waits_and_arrives_in_order_when_it_is_back(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a:
+            async with Node("b", home=tmp_path / "b") as b:
+                await pair(a, b)
+                listen = b.endpoints[0]
+            receipts = [await a.publish("t.x", str(n).encode(), to=[b.node_id]) for n in range(50)]
+            with pytest.raises(TimedOut, match="1 of 1"):
+                await receipts[0].delivered(0.05)
+            again = Node("b", home=tmp_path / "b", listen=listen)
+            arrived = collecting(again)
+            async with again:
+                for receipt in receipts:
+                    await receipt.delivered(20)
+            assert [int(e.body) for e in arrived] == list(range(50))
+
+    run(main())
+
+
+def test_a_publish_without_recipients_goes_to_whoever_is_interested_offline_members_too(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        a = Node("a", home=tmp_path / "a")
+        b = Node("b", home=tmp_path / "b")
+        c = Node("c", home=tmp_path / "c")
+        at_b, at_c = collecting(b, "orders.*"), collecting(c, "invoices.>")
+        async with a:
+            async with b, c:
+                await pair(a, b)
+                await pair(a, c)
+                await until(lambda: len(a._owner._tick.interests) == 2)  # type: ignore[union-attr]
+                receipt = await a.publish("orders.created", b"1")
+                await receipt.delivered(5)
+                assert receipt.recipients == (b.node_id,)
+            offline = await a.publish("invoices.sent.eu", b"2")
+            assert offline.recipients == (c.node_id,)
+        assert [e.subject for e in at_b] == ["orders.created"]
+        assert at_c == []
+
+    run(main())
+
+
+def test_a_transaction_that_raises_leaves_nothing_and_one_beside_it_is_kept(tmp_path: Path) -> None:
+    async def main() -> None:
+        a = Node("a", home=tmp_path / "a")
+        arrived = collecting(a)
+
+        def bad(tx: Tx) -> None:
+            tx.publish("t.bad", b"", to=[a.node_id])
+            raise ValueError("no")
+
+        def good(tx: Tx) -> str:
+            return tx.publish("t.good", b"", to=[a.node_id])
+
+        async with a:
+            results = await asyncio.gather(a.transact(bad), a.transact(good), return_exceptions=True)
+            await until(lambda: arrived)
+            assert isinstance(results[0], ValueError)
+            assert [e.id for e in arrived] == [results[1]]
+
+    run(main())
+
+
+def test_a_coroutine_is_no_transaction(tmp_path: Path) -> None:
+    async def main() -> None:
+        async def wrong(tx: Tx) -> None: ...
+
+        async with Node("a", home=tmp_path / "a") as a:
+            with pytest.raises(TypeError, match="plain function"):
+                await a.transact(wrong)
+
+    run(main())
+
+
+def test_a_message_to_a_stranger_or_out_of_bounds_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a:
+            with pytest.raises(UnknownPeer):
+                await a.publish("t.x", b"", to=["somebody"])
+            with pytest.raises(InvalidInput, match="1048577 bytes"):
+                await a.publish("t.x", b"x" * (2**20 + 1), to=[])
+            with pytest.raises(InvalidInput, match="not a subject"):
+                await a.publish("t.*", b"")
+
+    run(main())
+
+
+def test_a_job_comes_back_until_it_is_acked_also_after_a_restart(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a, a.subscribe("work.*", durable="w") as jobs:
+            for n in range(3):
+                await a.publish("work.do", str(n).encode())
+            first = await anext(jobs)
+            await first.nak()
+            assert [await body(jobs) for _ in range(3)] == [b"1", b"2", b"0"]
+        async with (
+            Node("a", home=tmp_path / "a") as a,
+            a.subscribe("work.*", durable="w") as jobs,
+        ):
+            got = [await anext(jobs) for _ in range(3)]
+            assert [(job.body, job.attempts) for job in got] == [(b"0", 1), (b"1", 0), (b"2", 0)]
+            for job in got:
+                await job.ack()
+            await a.publish("work.do", b"3")
+            assert await body(jobs) == b"3"
+
+    async def body(jobs: Any) -> bytes:
+        job = await anext(jobs)
+        return bytes(job.body)
+
+    run(main())
+
+
+def test_a_registry_entry_reaches_the_peers_and_outlives_its_writer(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("b", home=tmp_path / "b") as b:
+            async with Node("a", home=tmp_path / "a") as a:
+                await pair(a, b)
+                await a.transact(lambda tx: tx.registry_put("team", "lead", {"name": "x"}))
+                await until(lambda: b.registry("team"))
+                origin = a.node_id
+            assert [(e.key, e.value, e.origin) for e in b.registry("team")] == [
+                ("lead", {"name": "x"}, origin)
+            ]
+        async with Node("b", home=tmp_path / "b") as b:
+            assert [e.key for e in b.registry("team")] == ["lead"]
+
+    run(main())
+
+
+def test_a_second_node_on_one_home_says_who_holds_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a"):
+            with pytest.raises(NodeInUse, match=f"already running, pid {os.getpid()}") as raised:
+                await Node("again", home=tmp_path / "a").start()
+            assert raised.value.pid == os.getpid()
+
+    run(main())
+
+
+def test_a_home_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o755)
+    with pytest.raises(UnsuitableHome, match="not private") as raised:
+        run(Node("a", home=shared).start())
+    assert "chmod 700" in str(raised.value.hint)
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(AddressInUse, match=str(port)):
+            run(Node("a", home=tmp_path / "a", listen=f"tcp://127.0.0.1:{port}").start())
+
+
+# -- killed processes -------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A node in another process; see broker_free_worker."""
+
+    def __init__(self, home: Path, *args: str, **env: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.broker_free_worker", str(home), *args],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **env},
+        )
+        started = self.read()
+        self.node_id, self.endpoint = started["node_id"], started["endpoint"]
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        assert line, "the worker has ended"
+        return json.loads(line)  # type: ignore[no-any-return]
+
+    def rest(self) -> list[dict[str, Any]]:
+        assert self.process.stdout
+        return [json.loads(line) for line in self.process.stdout if line.endswith("\n")]
+
+    def kill(self) -> list[dict[str, Any]]:
+        self.process.kill()
+        said = self.rest()
+        self.process.wait()
+        return said
+
+    def stop(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(10) == 0
+
+
+def numbers_at(home: Path) -> list[int]:
+    worker = Worker(home, "numbers")
+    (said,) = worker.rest()
+    worker.process.wait()
+    return list(said["numbers"])
+
+
+def paired(tmp_path: Path) -> tuple[Path, Path, str, str]:
+    """Return the homes of a sender and a receiver that know each other, the receiver's id and its endpoint."""
+    sender, receiver = tmp_path / "s", tmp_path / "r"
+    host = Worker(receiver, "receiver")
+    guest = Worker(sender, "join", host.read()["code"])
+    assert guest.read() == {"joined": host.node_id}
+    guest.process.wait()
+    host.stop()
+    return sender, receiver, host.node_id, host.endpoint
+
+
+@pytest.mark.parametrize("victim", ["sender", "receiver", "both"])
+def test_nothing_acknowledged_is_lost_or_doubled_when_processes_are_killed(
+    tmp_path: Path, victim: str
+) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    sender_home, receiver_home, receiver_id, endpoint = paired(tmp_path)
+    published: list[int] = []
+    for round_ in range(4):
+        first = round_ * 1_000
+        receiver = Worker(receiver_home, "again", LISTEN=endpoint)
+        sender = Worker(sender_home, "sender", receiver_id, str(first), "200")
+        published += [sender.read()["published"] for _ in range(rng.randrange(1, 150))]
+        if victim in ("receiver", "both"):
+            receiver.kill()
+        if victim in ("sender", "both"):
+            published += [said["published"] for said in sender.kill()]
+        else:
+            published += [sender.read()["published"] for _ in range(first + 200 - published[-1] - 1)]
+            sender.stop()
+        if victim == "sender":
+            receiver.stop()
+    receiver = Worker(receiver_home, "again", LISTEN=endpoint)
+    sender = Worker(sender_home, "sender", receiver_id, "99999", "1")
+    published.append(sender.read()["published"])
+    wait_for_number(receiver_home, 99_999)
+    sender.stop()
+    receiver.stop()
+    arrived = numbers_at(receiver_home)
+    assert len(arrived) == len(set(arrived)), "a message arrived twice"
+    assert set(published) <= set(arrived), "an acknowledged message was lost"
+    assert arrived == sorted(arrived), "one sender's messages arrived out of order"
+
+
+def wait_for_number(home: Path, number: int) -> None:
+    """Wait, reading the receiver's store from outside, until it has filed a number."""
+    import sqlite3
+    import time
+
+    deadline = time.monotonic() + 45
+    while time.monotonic() < deadline:
+        with sqlite3.connect(f"file:{home / 'store.db'}?mode=ro", uri=True) as store:
+            if store.execute("SELECT 1 FROM filed WHERE number = ?", (number,)).fetchone():
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"{number} has not arrived")
+
+
+@pytest.mark.parametrize("point", ["before-commit", "after-commit"])
+def test_a_receiver_killed_around_its_commit_files_each_message_once(tmp_path: Path, point: str) -> None:
+    sender_home, receiver_home, receiver_id, endpoint = paired(tmp_path)
+    sender = Worker(sender_home, "sender", receiver_id, "0", "20")
+    published = [sender.read()["published"] for _ in range(20)]
+    dying = subprocess.run(
+        [sys.executable, "-m", "tests.broker_free_worker", str(receiver_home), "again"],
+        env={**os.environ, "LISTEN": endpoint, "BROKER_FREE_FAULT": f"{point}:kill"},
+        stdout=subprocess.DEVNULL,
+        timeout=30,
+        check=False,
+    )
+    assert dying.returncode == -9
+    receiver = Worker(receiver_home, "again", LISTEN=endpoint)
+    wait_for_number(receiver_home, 19)
+    receiver.stop()
+    sender.stop()
+    assert numbers_at(receiver_home) == published
