@@ -59,6 +59,7 @@ _JOIN_USER: Final = "join:"  # user id of a connection that holds a one-time key
 _WORK_MAX: Final = 20_000  # waiting operations; a caller beyond that waits until some are done
 _SLOW_MS: Final = 50  # a transactional function that takes longer holds up everybody
 _HOUSEKEEPING_MS: Final = 5_000
+_PRUNE_MS: Final = 3_600_000
 _JOIN_TIMEOUT_S: Final = 10.0
 
 Link = Literal["open", "closed"]
@@ -340,7 +341,7 @@ class Node:
         `fn` is a plain function. If it raises, what it wrote is undone and the exception comes out here. A
         cancelled await does not undo it.
         """
-        result: T = await self._submit(Transact(fn=fn, args=args))
+        result: T = await self._submit(Transact(fn=_watched, args=(fn, *args)))
         return result
 
     async def read(self, fn: Callable[..., T], *args: Any) -> T:  # Any: handed through to fn
@@ -541,6 +542,7 @@ class _Owner:
         self._seen_ms: dict[str, int] = {}
         self._beat_due_ms = 0
         self._housekeeping_due_ms = 0
+        self._prune_due_ms = 0  # UTC
         self._dirty: set[str] = set()  # peers whose view has changed
 
     # -- called on the loop ---------------------------------------------------------------------------------
@@ -785,11 +787,16 @@ class _Owner:
                 self._tell_views()
         if now_ms >= self._housekeeping_due_ms:
             self._housekeeping_due_ms = now_ms + _HOUSEKEEPING_MS
-            self._queue.append(Transact(fn=self._clean_up))
+            utc_ms = _utc_ms()
+            is_over = any(utc_ms >= expires_ms for expires_ms in self._invited.values())
+            # An idle node writes nothing: a laptop's disk may sleep.
+            if is_over or utc_ms >= self._prune_due_ms or self._store.has_expired(utc_ms):
+                self._queue.append(Transact(fn=self._clean_up))
 
     def _clean_up(self, tx: Tx) -> None:
         """One slice of house-keeping, inside a transaction."""
-        self._store.prune(tx.now_ms)
+        if tx.now_ms >= self._prune_due_ms and not self._store.prune(tx.now_ms):
+            self._prune_due_ms = tx.now_ms + _PRUNE_MS
         for peer, link in self._tick.links.items():
             for message_id in self._store.expire(peer, beyond_row=link.cursor, now_ms=tx.now_ms):
                 self._tell(self._node._take, Outcome(dead=[(message_id, peer, "expired")]))
@@ -1094,6 +1101,16 @@ def _lock(path: Path) -> int:
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
+
+
+def _watched(tx: Tx, fn: Callable[..., T], *args: Any) -> T:
+    """Run a caller's function and say so when it held up everybody else."""
+    began = time.monotonic()
+    result = fn(tx, *args)
+    took_ms = int((time.monotonic() - began) * 1_000)
+    if took_ms > _SLOW_MS:
+        log.warning("slow transaction", extra={"function": getattr(fn, "__qualname__", fn), "ms": took_ms})
+    return result
 
 
 def _succeed(future: asyncio.Future[T], result: T) -> None:

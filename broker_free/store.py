@@ -66,8 +66,10 @@ class ThreadDatabase(pw.DatabaseProxy):
     """
 
     __slots__ = ()
-    __setattr__ = object.__setattr__  # the parent's accepts only names in its own slots
     _local = threading.local()
+
+    def __setattr__(self, name: str, value: Any) -> None:  # the parent's accepts only names in its own slots
+        object.__setattr__(self, name, value)
 
     @property
     def obj(self) -> pw.Database | None:
@@ -646,6 +648,12 @@ class Store:
         return bool(row > pruned)
 
     # -- house-keeping --------------------------------------------------------------------------------------
+
+    def has_expired(self, now_ms: int) -> bool:
+        """Say whether `expire` may have something to do."""
+        sql = f"SELECT EXISTS (SELECT 1 FROM outbox WHERE state = {QUEUED} AND expires_ms <= ?)"
+        with self._translating():
+            return bool(self._conn.execute(sql, (now_ms,)).fetchone()[0])
 
     def expire(self, peer: str, *, beyond_row: int, now_ms: int) -> list[str]:
         """Expire queued rows past their time that are not on the wire (their row is beyond `beyond_row`)."""
