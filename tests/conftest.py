@@ -1,0 +1,135 @@
+"""What every test file may use: a private home, the real command line in it, and waiting for a condition."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from zmail.paths import Home
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How one command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+    @property
+    def error(self) -> Any:
+        """The error object that `--json` leaves on stderr."""
+        return json.loads(self.stderr.splitlines()[-1])["error"]
+
+
+class Zmail(Protocol):
+    """Run `zmail ARGS` to its end, in `home` if given, else in the test's own."""
+
+    def __call__(
+        self,
+        *args: str | Path,
+        home: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        input: str | bytes = "",
+        timeout: float = 60,
+    ) -> Run: ...
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A private folder for ZMAIL_HOME, short enough for a socket; its node is stopped at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="zm-"))
+    yield folder
+    stop_node(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def zmail_env(home: Path, tmp_path: Path) -> Callable[[Path | None], dict[str, str]]:
+    """Make the environment of a user whose only zmail is the one in `home`."""
+
+    def env(other: Path | None = None) -> dict[str, str]:
+        return {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "PYTHONPATH": str(ROOT),
+            "LANG": "C.UTF-8",
+            "USER": "tester",
+            "HOME": str(tmp_path),
+            "ZMAIL_HOME": str(other or home),
+            "ZMAIL_LISTEN": "tcp://127.0.0.1:0",
+        }
+
+    return env
+
+
+@pytest.fixture
+def zmail(zmail_env: Callable[[Path | None], dict[str, str]]) -> Iterator[Zmail]:
+    """The command line as users run it: another process, a clean environment."""
+    homes: set[Path] = set()
+
+    def run(
+        *args: str | Path,
+        home: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        input: str | bytes = "",
+        timeout: float = 60,
+    ) -> Run:
+        if home is not None:
+            homes.add(home)
+        done = subprocess.run(
+            [sys.executable, "-m", "zmail", *map(str, args)],
+            env={**zmail_env(home), **(env or {})},
+            cwd=ROOT,
+            input=input.encode() if isinstance(input, str) else input,
+            capture_output=True,
+            timeout=timeout,
+        )
+        return Run(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    yield run
+    for each in homes:
+        stop_node(each)
+
+
+@pytest.fixture
+def eventually() -> Callable[..., None]:
+    """Wait until a condition holds, and fail when it does not in time."""
+
+    def wait(predicate: Callable[[], object], timeout: float = 5) -> None:
+        deadline = time.monotonic() + timeout
+        while not predicate():
+            assert time.monotonic() < deadline, "the condition did not come true in time"
+            time.sleep(0.01)
+
+    return wait
+
+
+def stop_node(folder: Path, *, timeout: float = 5) -> None:
+    """Stop the node of a home, if there is one, and wait until it has let go of it."""
+    home = Home.resolve({"ZMAIL_HOME": str(folder)})
+    if not (pid := home.holder()):
+        return
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    while home.holder():
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
