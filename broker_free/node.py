@@ -278,11 +278,11 @@ class Node:
         owner, self._owner = self._owner, None
         if owner is None:
             return
-        await owner.stop()
         if self._readers:
-            self._readers.shutdown(wait=True)
+            await asyncio.to_thread(self._readers.shutdown)
         for reader in self._open_readers:
             reader.discard()
+        await owner.stop()  # last: the connection that writes empties the write-ahead log when no other is open
         closed = NodeClosed("the node has been closed")
         for future in [*self._futures.values()]:
             if not future.done():
