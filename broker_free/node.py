@@ -230,6 +230,7 @@ class Node:
         self._on_delivered: list[Callable[[list[tuple[str, str]]], None]] = []
         self._on_dead: list[Callable[[list[tuple[str, str, str]]], None]] = []
         self._on_peer: list[Callable[[PeerView], None]] = []
+        self._on_failed: list[Callable[[BaseException], None]] = []
         self._on_registry: list[tuple[str, Callable[[list[Entry]], None]]] = []
         self._room = asyncio.Event()
         self._readers: ThreadPoolExecutor | None = None
@@ -262,6 +263,10 @@ class Node:
         """Call `fn(entries)` on the loop after entries of a bucket changed, here or at a peer."""
         self._on_registry.append((bucket, fn))
 
+    def on_failed(self, fn: Callable[[BaseException], None]) -> None:
+        """Call `fn(error)` on the loop when the owner thread has ended by an error. Only a new node helps then."""
+        self._on_failed.append(fn)
+
     # -- life -----------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -282,7 +287,9 @@ class Node:
             await asyncio.to_thread(self._readers.shutdown)
         for reader in self._open_readers:
             reader.discard()
-        await owner.stop()  # last: the connection that writes empties the write-ahead log when no other is open
+        await (
+            owner.stop()
+        )  # last: the connection that writes empties the write-ahead log when no other is open
         closed = NodeClosed("the node has been closed")
         for future in [*self._futures.values()]:
             if not future.done():
@@ -467,6 +474,7 @@ class Node:
                 future.set_exception(closed)
                 future.exception()
         self._futures.clear()
+        self._call([(fn, (error,)) for fn in self._on_failed])
 
     # -- durable consumers ----------------------------------------------------------------------------------
 

@@ -111,6 +111,9 @@ class Connected(NamedTuple):
 class Closed(NamedTuple):
     """A dial failed or its link broke; the conn is gone. Comes once for every dial that we did not close.
 
+    It is the last event of its conn. Messages that had come but were not read may be lost with the link (libzmq
+    drops them), so what matters needs an answer. The reasons:
+
     refused: the other side does not let our key in · not-a-peer: it does not speak our protocol ·
     no-handshake: it hung up or stayed silent before the handshake was over (a wrong server key looks like this) ·
     unreachable: nobody listens there, or nobody answered in time · lost: the link was up and broke ·
@@ -165,7 +168,7 @@ class _Link:
         self.user_id = user_id
         self.deadline = deadline  # of the handshake, on the monotonic clock
         self.is_open = False
-        self.broken: str | None = None  # why; what has arrived is still handed out before Closed
+        self.broken: str | None = None  # why; what is left of its messages is read before Closed
         self.inlet: _Inlet
         self.monitor: _Inlet
         self.send: Callable[[bytes, int], object]
@@ -452,9 +455,9 @@ class Transport:
         """Wait until something has come, at most `timeout_ms`, and return all of it.
 
         At most `limits.poll_frames_max` messages; the next poll goes on with the rest, without waiting. Order is
-        kept within a connection, Connected comes before its first message and Closed after its last. Sockets
-        take turns, so that none starves another. Handshakes are answered first: they die after
-        `limits.dial_timeout_ms` without a poll. Returns early, with nothing, for `wake` and for handshakes.
+        kept within a connection, Connected is the first event of a link and Closed the last. Sockets take turns,
+        so that none starves another. Handshakes are answered first: they die after `limits.dial_timeout_ms`
+        without a poll. Returns early, with nothing, for `wake`, for handshakes and for libzmq's own signals.
         """
         if self._touched:
             self._recheck_touched()
@@ -625,13 +628,12 @@ class Transport:
                 if not link.is_open:  # the handshake was reported before this message came: tell it first
                     self._drain_monitor(link, events)
                 events.append(Received(link.conn, link.user_id, frames))
-                if read == 1 and not zmq_poll(asked, 0):
+                # Not once it is broken: asking makes libzmq drop what was not read yet.
+                if read == 1 and not link.broken and not zmq_poll(asked, 0):
                     break
-            else:
-                return read  # there may be more
         except zmq.Again:
             pass
-        if link.broken:
+        if link.broken and read < burst:
             self._finish(link, link.broken, events)
         return read
 
@@ -643,7 +645,7 @@ class Transport:
                 events.append(Connected(link.conn))
             elif not link.broken:  # the first reason is the cause, the others follow from it
                 link.broken = _LINK_FAILURES[event]
-            # Reading the link makes libzmq attach the pipe, and finds the end of what came before a failure.
+            # Reading the link makes libzmq attach its pipe, and after a failure finds the end of what is left.
             self._ready[link.inlet] = None
         return 0
 

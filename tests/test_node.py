@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,6 +86,19 @@ def test_an_expired_invitation_is_refused_and_changes_nothing(tmp_path: Path) ->
             await asyncio.sleep(0.01)  # the one thing waited for is time itself
             with pytest.raises(PairingRefused, match="expired"):
                 await b.join(code)
+            assert (a.peers(), b.peers()) == ([], [])
+
+    run(main())
+
+
+def test_the_inviter_refuses_an_expired_code_whatever_the_code_itself_says(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a, Node("b", home=tmp_path / "b") as b:
+            invitation = await a.invite(ttl_ms=1)
+            forged = replace(invitation, expires_ms=invitation.expires_ms + 3_600_000)
+            await asyncio.sleep(0.01)  # the one thing waited for is time itself
+            with pytest.raises(PairingRefused, match="refused this code"):
+                await b.join(forged.encode())
             assert (a.peers(), b.peers()) == ([], [])
 
     run(main())

@@ -131,10 +131,16 @@ def test_a_state_folder_of_another_user_is_refused(home: Path) -> None:
         Home.resolve({"ZMAIL_HOME": str(home)}).prepare()
 
 
-def test_a_state_folder_that_is_a_file_is_refused(home: Path) -> None:
+def test_a_state_folder_that_is_a_file_or_below_one_is_refused(home: Path) -> None:
     (home / "f").touch()
-    with pytest.raises(UnsuitableHome, match="is not a folder"):
-        Home.resolve({"ZMAIL_HOME": f"{home}/f"}).prepare()
+    for place in (f"{home}/f", f"{home}/f/h", f"{home}/f/g/h"):
+        with pytest.raises(UnsuitableHome, match=f"cannot create {home}/f"):
+            Home.resolve({"ZMAIL_HOME": place}).prepare()
+
+
+def test_a_state_folder_that_cannot_be_made_is_refused() -> None:
+    with pytest.raises(UnsuitableHome, match="cannot create /proc/none/h: "):
+        Home.resolve({"ZMAIL_HOME": "/proc/none/h"}).prepare()
 
 
 def test_a_state_folder_on_a_network_file_system_is_refused(home: Path) -> None:

@@ -60,6 +60,7 @@ class Mailbox:
     ) -> dict[str, Any]:
         """Ask the node, which is started if need be. Arguments that are None are left out."""
         if self._autostart:
+            # Asked for before the call: to start a node and ask again after a failure could do a thing twice.
             ensure_node(self._home, self._env)
         given = {name: value for name, value in (args or {}).items() if value is not None}
         with DoorClient(self._home.door_path, timeout_s=timeout_s) as door:
@@ -230,12 +231,13 @@ def start_node(home: Home, env: Mapping[str, str]) -> None:
 def stop_node(home: Home) -> int | None:
     """Stop the node and return its pid once it has let go of its home; None when none was running."""
     deadline = time.monotonic() + STOP_TIMEOUT_S
-    asked: int | None = None
+    seen = asked = None
     while (pid := home.holder()) is not None:
         if asked is not None and pid != asked:
             break  # somebody has started the next one already
-        if pid and asked is None:
-            # The lock is held by the process whose pid is in it: this is no stranger with a pid used again.
+        if pid and asked is None and pid == seen:
+            # Held, with the same pid in it, twice in a row. Once could be the moment in which a new node has the
+            # lock and the pid in it is still that of a dead one, by now perhaps a stranger's.
             _terminate(pid)
             asked = pid
         if time.monotonic() > deadline:
@@ -243,6 +245,7 @@ def stop_node(home: Home) -> int | None:
                 f"the node (pid {pid}) did not stop within {STOP_TIMEOUT_S:.0f} s",
                 hint=f"force loses nothing that was acknowledged: kill -9 {pid}",
             )
+        seen = pid
         time.sleep(_POLL_S)
     return asked
 

@@ -14,6 +14,7 @@ import json
 import logging
 import logging.handlers
 import os
+import resource
 import signal
 import socket
 import threading
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOG_BYTES_MAX = 4 * 1024 * 1024
+DESCRIPTORS = 16_384  # 1,024 peers and as many sessions, with room
 LOG_FILES_KEPT = 3  # besides the current one
 STOP_S_MAX = 1.8  # a stop that hangs is cut off: it is over within two seconds, and nothing is lost by that
 
@@ -46,6 +48,7 @@ def run(home: Home, env: Mapping[str, str], *, say: Callable[[str], None]) -> in
     The lock is never let go of here: it is free once this process has really ended.
     """
     os.umask(0o077)
+    _allow_descriptors()
     home.prepare()
     home.hold()
     configure_logging(home.log_path)
@@ -60,6 +63,14 @@ def run(home: Home, env: Mapping[str, str], *, say: Callable[[str], None]) -> in
         raise
     log.info("stopped", extra={"status": status})
     return status
+
+
+def _allow_descriptors() -> None:
+    """Raise the soft limit: a dialled link takes four descriptors, a session one, and 1,024 is a common default."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _serve(home: Home, settings: Settings, say: Callable[[str], None]) -> int:
@@ -93,7 +104,7 @@ class _Stop:
 
 async def _open(home: Home, settings: Settings, opened: AsyncExitStack, stop: _Stop) -> tuple[str, str]:
     """Put the parts together and open them, the door last. Returns the node's name and where it listens."""
-    # Half a second of imports, which only this process needs, and only once it holds the home.
+    # A quarter of a second of imports, which only this process needs, and only once it holds the home.
     from broker_free.door import Door
     from broker_free.node import Node
     from zmail.identity import Identity
@@ -122,6 +133,7 @@ async def _open(home: Home, settings: Settings, opened: AsyncExitStack, stop: _S
             error.message,
             hint="choose another: ZMAIL_LISTEN=tcp://0.0.0.0:PORT, or node.listen in zmail.toml; 0 is any free one",
         ) from error
+    node.on_failed(lambda error: stop.because(f"the message queue has failed: {error}", 1))
     _remember_port(home, node.endpoints[0])
     opened.push_async_callback(office.close)
     await office.start()

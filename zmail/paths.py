@@ -23,6 +23,8 @@ DOOR_BYTES_MAX = 103
 DOOR_NAME = "door.sock"
 DOOR_LINK = "door"  # in the state folder, to a door that is elsewhere
 
+_ELSEWHERE = "choose another folder with ZMAIL_HOME"
+
 # `Home.holder` takes the lock for an instant: a start that meets it must not take it for a node.
 _HOLD_TRY_S = 0.3
 
@@ -109,7 +111,9 @@ class Home:
             if time.monotonic() > deadline:
                 pid = _pid_in(lock)
                 os.close(lock)
-                raise NodeInUse(f"already running, pid {pid}", pid=pid, hint="see it: zmail node status")
+                raise NodeInUse(
+                    f"already running, pid {pid}", pid=pid or None, hint="see it: zmail node status"
+                )
             time.sleep(0.01)
         os.pwrite(lock, b"%-10d\n" % os.getpid(), 0)  # one width, so that no reader sees half of two pids
         return lock
@@ -131,7 +135,6 @@ class Home:
         `mountinfo` is the text of /proc/self/mountinfo; where the system has none, the file system is not checked.
         """
         state_dir = os.path.realpath(self.state_dir)
-        os.makedirs(os.path.dirname(state_dir), exist_ok=True)
         _make_private(state_dir)
         kind = file_system_of(state_dir, _mountinfo() if mountinfo is None else mountinfo)
         if kind in NETWORK_FILE_SYSTEMS:
@@ -139,6 +142,8 @@ class Home:
                 f"{self.state_dir} is on a network file system ({kind}), where locks and commits do not hold",
                 hint="keep the state on a local disk: export ZMAIL_HOME=/a/folder/on/a/local/disk",
             )
+        if not os.access(state_dir, os.W_OK):
+            raise UnsuitableHome(f"cannot write to {self.state_dir}", hint=_ELSEWHERE)
         door_dir = os.path.dirname(self.door_path)
         if door_dir != self.state_dir:
             _make_private(door_dir)
@@ -201,13 +206,9 @@ def _mountinfo() -> str:
 def _make_private(folder: str) -> None:
     """Create `folder` for its owner alone, or insist that it is so already."""
     try:
-        os.mkdir(folder, 0o700)
-    except FileExistsError:
-        pass
+        os.makedirs(folder, 0o700, exist_ok=True)
     except OSError as error:
-        raise UnsuitableHome(
-            f"cannot create {folder}: {error.strerror}", hint="choose another folder with ZMAIL_HOME"
-        ) from error
+        raise UnsuitableHome(f"cannot create {folder}: {error.strerror}", hint=_ELSEWHERE) from error
     if (why := _unfit(folder)) is not None:
         raise UnsuitableHome(f"{folder} {why[0]}", hint=why[1])
 

@@ -24,11 +24,14 @@ import select
 import selectors
 import signal
 import socket
+import sys
 import threading
 import time
 
 from broker_free.errors import BrokerFreeError
-from zmail.mailbox import hints
+from zmail.errors import exit_code
+from zmail.mailbox import ensure_node, hints
+from zmail.paths import Home
 
 TYPE_CHECKING = False  # typing costs 5 ms; type checkers know the name
 if TYPE_CHECKING:
@@ -632,6 +635,18 @@ def _address(sender: str) -> str:
 
 
 # ── the process ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(*, as_name: str | None, config: str | None) -> int:
+    """Be `zmail mcp` in this process: find the home, then serve. Returns the exit status."""
+    env = {**os.environ, "ZMAIL_CONFIG": config} if config else os.environ
+    try:
+        home = Home.resolve(env)
+        return main(home.door_path, ensure_node=lambda: ensure_node(home, env), as_name=as_name, env=env)
+    except BrokerFreeError as error:
+        hint = f"\nhint: {error.hint}" if error.hint else ""
+        sys.stderr.write(f"error: {error.message}{hint}\n")
+        return exit_code(error.code)
 
 
 def main(

@@ -48,6 +48,7 @@ def claude(new_claude: Callable[[], Claude]) -> Claude:
 
 
 def do_without(reason: str) -> NoReturn:
+    """Skip the test, or fail it where the client is required."""
     if os.environ.get("ZMAIL_REQUIRE_CLIENT") == "1":
         pytest.fail(f"{reason} (and ZMAIL_REQUIRE_CLIENT=1 forbids to skip)", pytrace=False)
     pytest.skip(reason)

@@ -51,10 +51,8 @@ class Terminal:
     def type_line(self, text: str) -> None:
         """Type one line of text and press Enter once the program shows it."""
         self._run("send-keys", "-l", "--", text)
-        typed = _without_spaces(text)[
-            -40:
-        ]  # a long line is wrapped, so its spaces and breaks are not compared
-        self.wait_for(lambda screen: typed in _without_spaces(screen), timeout_s=5)
+        end_of_it = _without_spaces(text)[-40:]  # a long line is wrapped: breaks and spaces are not compared
+        self.wait_for(lambda screen: end_of_it in _without_spaces(screen), timeout_s=5)
         self.press("Enter")
 
     def press(self, *keys: str) -> None:

@@ -59,9 +59,9 @@ def mcp(options: Options) -> int:
     Example:
       claude mcp add --scope user zmail -- zmail mcp
     """
-    from zmail.__main__ import relay
+    from zmail import relay
 
-    return relay(as_name=options.as_name, config=options.config)
+    return relay.run(as_name=options.as_name, config=options.config)
 
 
 def run(argv: Sequence[str]) -> int:

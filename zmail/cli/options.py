@@ -73,6 +73,8 @@ class Options:
 
 
 def _keep(context: click.Context, parameter: click.Parameter, value: object) -> None:
+    if value == "":  # of `--as "$NAME"` with NAME unset: nobody is meant, least of all the default
+        raise click.BadParameter("it must not be empty")
     if value:  # an option left out after the verb does not undo the one before it
         setattr(context.ensure_object(Options), str(parameter.name), value)
 
