@@ -95,7 +95,8 @@ class Receipt:
         InvalidInput when a recipient refused it for good.
         """
         try:
-            await asyncio.wait_for(self._done.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._done.wait()
         except TimeoutError:
             raise TimedOut(
                 f"{len(self._waiting)} of {len(self.recipients)} recipients have not confirmed yet",
@@ -178,7 +179,8 @@ class Subscription:
             if not self._fetched:
                 # Delayed jobs become due without anything arriving.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), 1.0)
+                    async with asyncio.timeout(1.0):
+                        await self._wake.wait()
         return self._fetched.popleft()
 
     def notify(self) -> None:
@@ -365,6 +367,10 @@ class Node:
 
     def peers(self) -> list[PeerView]:
         return sorted(self._views.values(), key=lambda view: (view.name, view.node_id))
+
+    async def refused(self) -> dict[str, int]:
+        """Count what the sockets have turned away since the start, by reason."""
+        return await self._running().ask(lambda owner: owner.refused())
 
     async def invite(self, *, ttl_ms: int = 900_000, address: str | None = None) -> Invitation:
         """Make a one-time invitation. `address` (HOST:PORT) replaces the addresses found by themselves."""
@@ -587,15 +593,17 @@ class _Owner:
             for endpoint in invitation.endpoints:
                 await self.ask(lambda owner, at=endpoint: owner._begin_join(at, invitation, future))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
                 with contextlib.suppress(TimeoutError):
-                    return await asyncio.wait_for(
-                        asyncio.shield(future), _JOIN_TIMEOUT_S / len(invitation.endpoints)
-                    )
+                    async with asyncio.timeout(_JOIN_TIMEOUT_S / len(invitation.endpoints)):
+                        return await asyncio.shield(future)
         finally:
             await self.ask(lambda owner: owner._end_join(future))
         raise TimedOut(
             f"nobody answered at {', '.join(invitation.endpoints)}",
             hint="is the other node running and its port reachable from here? the code stays valid",
         )
+
+    def refused(self) -> dict[str, int]:
+        return dict(self._transport.refused)
 
     def reachable_at(self) -> list[str]:
         """Return the endpoints at which another machine may reach this node, the likeliest first."""
@@ -1117,7 +1125,10 @@ def _watched(tx: Tx, fn: Callable[..., T], *args: Any) -> T:
     result = fn(tx, *args)
     took_ms = int((time.monotonic() - began) * 1_000)
     if took_ms > _SLOW_MS:
-        log.warning("slow transaction", extra={"function": getattr(fn, "__qualname__", fn), "ms": took_ms})
+        log.warning(
+            "slow transaction",
+            extra={"function": getattr(fn, "__qualname__", type(fn).__name__), "ms": took_ms},
+        )
     return result
 
 

@@ -297,12 +297,17 @@ class Store:
         settled = len(self._settled)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             with self._translating():
                 self._conn.execute("ROLLBACK TO bf")
                 self._conn.execute("RELEASE bf")
             del self._settled[settled:]
             self._counts = {}
+            if isinstance(error, (sqlite3.OperationalError, pw.OperationalError)) and _is_of_the_disk(
+                str(error)
+            ):
+                with self._translating():
+                    raise  # not the caller's fault: the whole transaction fails
             raise
         with self._translating():
             self._conn.execute("RELEASE bf")
@@ -313,7 +318,7 @@ class Store:
             yield
         except (sqlite3.Error, pw.PeeweeException) as error:
             text = str(error)
-            if "full" in text:
+            if "is full" in text:
                 raise DiskLow(
                     f"the disk is full: {text}", hint="free some space; nothing was accepted"
                 ) from error
@@ -816,6 +821,10 @@ class Reader:
     def discard(self) -> None:
         """Close the connection. Its thread has ended."""
         self._conn.close()
+
+
+def _is_of_the_disk(text: str) -> bool:
+    return "is full" in text or "disk I/O" in text or "malformed" in text
 
 
 def _envelope(row: int, sender: str, message: Message) -> Envelope:

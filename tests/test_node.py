@@ -420,3 +420,16 @@ def test_a_receiver_killed_around_its_commit_files_each_message_once(tmp_path: P
     receiver.stop()
     sender.stop()
     assert numbers_at(receiver_home) == published
+
+
+def test_what_the_sockets_turn_away_is_counted(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a, Node("b", home=tmp_path / "b") as b:
+            code = (await a.invite(ttl_ms=60_000)).encode()
+            await b.join(code)
+            async with Node("c", home=tmp_path / "c") as c:
+                with pytest.raises(PairingRefused):
+                    await c.join(code)
+            assert (await a.refused())["unknown-key"] >= 1
+
+    run(main())

@@ -142,6 +142,7 @@ def test_mail_for_a_node_that_is_down_leaves_when_it_is_back() -> None:
                     await one.send(alpha, "bravo", body=f"brief {number}")
                 last = await one.call(alpha, "send", to=["bravo"], body="brief 5")
                 assert states(last) == ["queued"]
+                assert last["recipients"][0]["last_seen"] is not None
 
                 async with site("server2", second) as two:
                     await one.call(alpha, "wait_state", id=last["id"], timeout_ms=20_000)

@@ -11,7 +11,7 @@ from zmail import times
 
 Args: TypeAlias = Mapping[str, Any]  # Any: the caller's JSON
 
-IDS_MAX = 1_000  # of one call
+IDS_MAX = 100  # of one call, which is one transaction
 
 
 def text(args: Args, key: str) -> str | None:

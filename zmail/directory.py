@@ -20,6 +20,9 @@ ONLINE, OFFLINE, IDLE, BUSY = "online", "offline", "idle", "busy"
 STATES = frozenset({ONLINE, OFFLINE, IDLE, BUSY})
 SEEN_STEP_MS = 60_000  # last_seen is written no finer: it goes to every node of the mesh
 
+PROJECT_CHARS_MAX = 100
+TIME_MS_END = 253_402_300_800_000  # the year 10000, which no date can show
+
 _ID_PREFIX_MIN = 6
 _LABEL_CHARS = 8  # of a node id that stands in for a name
 
@@ -62,9 +65,9 @@ def resident_from(
         callsign=callsign,
         node=node,
         kind=kind if isinstance(kind, str) else "script",
-        project=project if isinstance(project, str) else None,
+        project=project[:PROJECT_CHARS_MAX] if isinstance(project, str) else None,
         state=state if isinstance(state, str) and state in STATES else OFFLINE,
-        last_seen_ms=last_seen_ms if isinstance(last_seen_ms, int) else 0,
+        last_seen_ms=last_seen_ms if isinstance(last_seen_ms, int) and 0 <= last_seen_ms < TIME_MS_END else 0,
     )
 
 

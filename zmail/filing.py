@@ -9,28 +9,16 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from peewee import Database
+from peewee import Database, IntegrityError
 
 from broker_free import Tx
 from broker_free.message import id_to_bytes, new_id
 from zmail import action, wire
 from zmail.brief import Draft
 from zmail.directory import Place
-from zmail.models import (
-    CANCELLED,
-    DEAD,
-    DELIVERED,
-    EXPIRED,
-    QUEUED,
-    UNDELIVERED,
-    Action,
-    Brief,
-    Delivery,
-    Mailbox,
-    Recipient,
-    insert_rows,
-)
+from zmail.models import UNDELIVERED, Action, Brief, Delivery, Mailbox, Recipient, insert_rows
 from zmail.receipts import NO_SUCH_CALLSIGN
+from zmail.states import CANCELLED, DEAD, DELIVERED, EXPIRED, QUEUED
 from zmail.wire import Letter
 
 TAIL_CHARS = 6  # the shortest end of an id that names a brief
@@ -49,8 +37,8 @@ class Filed:
     missing: tuple[str, ...]  # that it was for, and that nobody here is called
 
 
-def write_brief(letter: Letter, *, brief_id: str, node: str) -> Brief:
-    """Write the brief itself down. `node` is the sender's, as the connection proved it."""
+def write_brief(letter: Letter, *, brief_id: str, node: str) -> Brief | None:
+    """Write the brief itself down; None when it was filed before. `node` is the sender's, proved by its connection."""
     draft = letter.draft
     rest = {key: value for key, value in wire.args_of(draft).items() if key not in _COLUMNS}
     columns = {
@@ -70,7 +58,10 @@ def write_brief(letter: Letter, *, brief_id: str, node: str) -> Brief:
         "recipients": json.dumps(wire.recipients_of(letter), separators=(",", ":")),
         "rest": json.dumps(rest, ensure_ascii=False, separators=(",", ":")),
     }
-    return Brief(row=insert_rows(Brief, [columns]), **columns)
+    try:
+        return Brief(row=insert_rows(Brief, [columns]), **columns)
+    except IntegrityError:
+        return None
 
 
 def draft_of(brief: Brief) -> Draft:

@@ -23,9 +23,8 @@ from zmail.identity import Caller, Holder, Liveness, Resolution, SenderClass, pr
 from zmail.models import Lease, Mailbox
 
 Kind = Literal["agent", "human", "script"]
-Judge = Callable[
-    [Holder], Liveness
-]  # one look at the process table: 20 µs, so it may run inside a transaction
+# One look at the process table: 20 µs, so it may run inside a transaction.
+Judge = Callable[[Holder], Liveness]
 
 TEXT_CHARS_MAX = 4_096  # of a hint
 
@@ -40,7 +39,7 @@ class Wish:
     holder: Holder | None  # the process that will hold the lease; None: no lease
     claude: Holder | None  # the Claude process behind the caller, whoever it wants to be
     session_id: str | None
-    project: str
+    project: str | None  # of a session
     cwd: str | None
 
 
@@ -48,10 +47,10 @@ def wish_of(resolution: Resolution, hints: Mapping[str, object]) -> Wish | None:
     """Read what a caller wants out of what it is and what it says. None: it is nobody. Looks for files of git."""
     session = resolution.session
     cwd = (session.cwd if session else None) or _hint(hints, "project_dir") or _hint(hints, "cwd")
-    name, wanted, kind = _hint(hints, "as"), None, resolution.sender_class
-    holder = resolution.holder
+    name, wanted = _name(hints, "as"), None
+    kind, holder = resolution.sender_class, resolution.holder
     if name is not None:
-        kind, name = "script", address.callsign(name)
+        kind = "script"
         # The relay of a session that has no Claude process behind it holds the name itself, as long as it lives.
         holder = resolution.caller if hints.get("kind") == "mcp" else None
     elif kind == "human":
@@ -59,17 +58,23 @@ def wish_of(resolution: Resolution, hints: Mapping[str, object]) -> Wish | None:
     elif resolution.holder is None:
         return None
     else:
-        wanted = _hint(hints, "callsign")
+        wanted = _name(hints, "callsign")
     return Wish(
         kind="agent" if kind == "subagent" else kind,
         name=name,
-        wanted=address.callsign(wanted) if wanted else None,
+        wanted=wanted,
         holder=holder,
         claude=resolution.holder,
         session_id=(session.session_id if session else None) or _hint(hints, "session_id"),
-        project=project_of(cwd),
+        project=project_of(cwd) if kind == "agent" else None,
         cwd=cwd,
     )
+
+
+def _name(hints: Mapping[str, object], key: str) -> str | None:
+    """A callsign somebody asked for. One that is malformed is refused: it must not become somebody else."""
+    said = hints.get(key)
+    return None if said is None else address.callsign(str(said))
 
 
 def _hint(hints: Mapping[str, object], key: str) -> str | None:
@@ -141,7 +146,7 @@ def _callsign(
         configured=settings.callsigns,
         naming=settings.naming,
         name_prefix=settings.name_prefix,
-        project=wish.project,
+        project=wish.project or "claude",
         session_id=wish.session_id or str(wish.holder),
         is_free=is_free if wish.wanted else lambda name: name not in elsewhere and is_free(name),
     )
@@ -158,7 +163,8 @@ def _take(tx: Tx, callsign: str, wish: Wish) -> Lease:
         lease.number += 1
         lease.taken_ms = tx.now_ms
     _set(lease, session_id=wish.session_id)
-    lease.save(force_insert=found is None, only=None if found is None else lease.dirty_fields)
+    if lease.dirty_fields:
+        lease.save(force_insert=found is None, only=lease.dirty_fields)
     return lease
 
 

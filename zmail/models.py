@@ -1,4 +1,4 @@
-"""The tables of the mail side and the life of a brief. Knows peewee; knows no node, no wire, no rule of who may what.
+"""The tables of the mail side. Knows peewee; knows no node, no wire and no rule of who may do what.
 
     mailbox ─┬─ lease       which process acts for it, and the number that says since how many holders
              ├─ delivery    one brief in this mailbox, as its owner sees it ──┐
@@ -18,36 +18,6 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from peewee import SQL, AutoField, BooleanField, CompositeKey, IntegerField, Model, TextField
-
-QUEUED, DELIVERED, ANNOUNCED, READ, DONE = "queued", "delivered", "announced", "read", "done"
-EXPIRED, CANCELLED, DEAD = "expired", "cancelled", "dead"
-
-# The whole life of a brief for one recipient, the same on both sides. Receipts and acks travel apart and may overtake
-# each other, so every later state can follow every earlier one, and nothing ever goes back: news that comes late
-# ("delivered" after "read") changes nothing.
-FORWARD: dict[str, frozenset[str]] = {
-    QUEUED: frozenset({DELIVERED, ANNOUNCED, READ, DONE, EXPIRED, CANCELLED, DEAD}),
-    DELIVERED: frozenset({ANNOUNCED, READ, DONE, EXPIRED, DEAD}),  # dead: that node has no such callsign
-    ANNOUNCED: frozenset({READ, DONE, EXPIRED}),
-    READ: frozenset({DONE}),
-    EXPIRED: frozenset({DELIVERED, ANNOUNCED, READ, DONE}),  # what the other side saw outweighs our own clock
-    DONE: frozenset(),
-    CANCELLED: frozenset(),
-    DEAD: frozenset(),
-}
-PROGRESS = (QUEUED, DELIVERED, ANNOUNCED, READ, DONE)
-ENDED = frozenset({EXPIRED, CANCELLED, DEAD})
-
-
-def may_move(state: str, new: str) -> bool:
-    """Say whether `new` is news for something in `state`. A word outside the table is a bug and raises KeyError.
-
-    >>> may_move("delivered", "read"), may_move("read", "announced")
-    (True, False)
-    """
-    if new not in FORWARD:
-        raise KeyError(new)
-    return new in FORWARD[state]
 
 
 class Mailbox(Model):

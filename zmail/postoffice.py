@@ -18,8 +18,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
-from peewee import IntegrityError
-
 from broker_free import Node, Tx
 from broker_free.errors import InvalidInput, TimedOut, TooLarge
 from broker_free.message import Envelope, new_id
@@ -31,21 +29,11 @@ from zmail.config import Settings
 from zmail.directory import BUCKET, OFFLINE, Directory, NodeSeen, Place, Resident, resident_from
 from zmail.errors import InvalidBrief, NotFound, UnknownAddress
 from zmail.identity import Caller, Identity, Resolution
-from zmail.models import (
-    ANNOUNCED,
-    DEAD,
-    DELIVERED,
-    DONE,
-    ENDED,
-    PROGRESS,
-    QUEUED,
-    READ,
-    Brief,
-    Delivery,
-)
+from zmail.models import Brief, Delivery
 from zmail.push import Push, Waiting
 from zmail.receipts import Moves
-from zmail.upkeep import Upkeep
+from zmail.states import ANNOUNCED, DEAD, DELIVERED, DONE, ENDED, PROGRESS, QUEUED, READ
+from zmail.upkeep import SLICE, Upkeep
 from zmail.views import Shape
 from zmail.wire import Letter
 
@@ -193,9 +181,10 @@ class PostOffice:
                 f"the brief has {len(body)} bytes, at most {limit}", hint="send a file's path instead"
             )
         brief_id = new_id(now_ms)
-        write = partial(
-            self._write_sent, who=who, letter=letter, body=body, brief_id=brief_id, answers=answers
-        )
+
+        def write(tx: Tx) -> dict[Place, str]:
+            return self._write_sent(tx, who=who, letter=letter, body=body, brief_id=brief_id, answers=answers)
+
         states = await self._node.transact(write)
         log.info("sent", extra={"id": brief_id, "from": who.callsign, "recipients": len(states)})
         return {
@@ -219,6 +208,7 @@ class PostOffice:
         leases.still_holds(who)
         me = self._node.node_id
         filed = filing.write_brief(letter, brief_id=brief_id, node=me)
+        assert filed is not None, "the id was made for this brief"
         here = filing.deliver(tx, filed, letter, me=me)
         nodes = list(dict.fromkeys(place.node for place in letter.places if place.node != me))
         if nodes:
@@ -258,9 +248,8 @@ class PostOffice:
         moves.tell()
 
     def _file(self, tx: Tx, moves: Moves, envelope: Envelope, letter: Letter) -> None:
-        try:
-            filed = filing.write_brief(letter, brief_id=envelope.id, node=envelope.sender)
-        except IntegrityError:
+        filed = filing.write_brief(letter, brief_id=envelope.id, node=envelope.sender)
+        if filed is None:
             log.warning("brief filed before", extra={"id": envelope.id, "peer": envelope.sender})
             return
         here = filing.deliver(tx, filed, letter, me=self._node.node_id)
@@ -389,7 +378,8 @@ class PostOffice:
         return await self._node.read(lambda _: views.waiting(callsign, directory))
 
     async def announced(self, told: Sequence[Waiting], *, door: str) -> None:
-        await self._node.transact(self._write_announced, told, door)
+        for start in range(0, len(told), SLICE):
+            await self._node.transact(self._write_announced, told[start : start + SLICE], door)
 
     def left(self, callsign: str) -> None:
         self._upkeep.wanted.set()
@@ -476,7 +466,7 @@ class PostOffice:
                 **counts["store"],
             },
             "peers": [_peer_shape(peer) for peer in node.peers()],
-            "refused": dict(self.refused),
+            "refused": {**await node.refused(), **self.refused},
             "config": self._settings.listing(),
         }
 
@@ -516,13 +506,13 @@ def _warnings(states: Mapping[Place, str], directory: Directory, *, now_ms: int)
         resident = directory.residents.get(place)
         if state == DEAD:
             said[f"nobody is called {place.callsign} at {node}"] = None
+        elif not directory.nodes[place.node].is_alive:
+            said[f"{node} cannot be reached now: the brief leaves when it is back"] = None
         elif resident is None:
             said[f"nobody called {place.callsign} is known at {node} yet: the node will say"] = None
         elif resident.kind == "agent" and resident.state == OFFLINE:
             ago = times.age(since_ms=resident.last_seen_ms, now_ms=now_ms)
-            said[f"{shown} was last seen {ago}, {state}"] = None
-        if not directory.nodes[place.node].is_alive:
-            said[f"{node} cannot be reached now: the brief leaves when it is back"] = None
+            said[f"{shown} is not running (last seen {ago}): the brief waits for it"] = None
     warnings = list(said)
     if len(warnings) > WARNINGS_MAX:
         return [*warnings[: WARNINGS_MAX - 1], f"and {len(warnings) - WARNINGS_MAX + 1} more"]

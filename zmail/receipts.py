@@ -14,18 +14,8 @@ from collections.abc import Callable, Iterable
 from broker_free import Tx
 from broker_free.errors import OutboxFull, UnknownPeer
 from zmail import wire
-from zmail.models import (
-    ANNOUNCED,
-    DEAD,
-    DELIVERED,
-    DONE,
-    ENDED,
-    READ,
-    Brief,
-    Delivery,
-    Recipient,
-    may_move,
-)
+from zmail.models import Brief, Delivery, Recipient
+from zmail.states import ANNOUNCED, DEAD, DELIVERED, DONE, FORWARD, READ, may_move
 from zmail.wire import Receipt
 
 log = logging.getLogger(__name__)
@@ -33,6 +23,8 @@ log = logging.getLogger(__name__)
 NO_SUCH_CALLSIGN = "no-such-callsign"
 UNREADABLE = "unreadable"
 
+# When a state was reached; for the others, when it ended.
+_TIME_OF = {DELIVERED: "delivered_ms", ANNOUNCED: "announced_ms", READ: "read_ms", DONE: "done_ms"}
 _RECEIPTS_A_MESSAGE = 1_000  # of at most 600 bytes each: inside the limit of one message
 
 
@@ -110,31 +102,20 @@ class Moves:
             self._receipts[brief.from_node].append(receipt)
 
     def _apply(self, brief: Brief, node: str, receipt: Receipt) -> None:
-        """Move the sender's view of one recipient, or of all of them at that node."""
-        of_node = Recipient.select().where(Recipient.brief == brief.row, Recipient.node == node)
+        """Move the sender's view of one recipient, or of all of them at that node, where that is news."""
+        before = [state for state, after in FORWARD.items() if receipt.state in after]
+        wanted = (Recipient.brief == brief.row) & (Recipient.node == node) & Recipient.state.in_(before)
         if receipt.callsign is not None:
-            of_node = of_node.where(Recipient.callsign == receipt.callsign)
-        for recipient in of_node:
-            if may_move(recipient.state, receipt.state):
-                _move_recipient(recipient, receipt)
-                self._tx.after_commit(lambda: self._changed(brief.id))
-
-
-def _move_recipient(recipient: Recipient, receipt: Receipt) -> None:
-    recipient.state = receipt.state
-    recipient.door = receipt.door or recipient.door
-    recipient.reason = receipt.reason
-    if receipt.state == DELIVERED:
-        recipient.delivered_ms = receipt.at_ms
-    elif receipt.state == ANNOUNCED:
-        recipient.announced_ms = receipt.at_ms
-    elif receipt.state == READ:
-        recipient.read_ms = receipt.at_ms
-    elif receipt.state == DONE:
-        recipient.done_ms = receipt.at_ms
-    elif receipt.state in ENDED:
-        recipient.ended_ms = receipt.at_ms
-    recipient.save(only=recipient.dirty_fields)
+            wanted &= Recipient.callsign == receipt.callsign
+        values = {
+            "state": receipt.state,
+            "reason": receipt.reason,
+            _TIME_OF.get(receipt.state, "ended_ms"): receipt.at_ms,
+        }
+        if receipt.door is not None:
+            values["door"] = receipt.door
+        if Recipient.update(**values).where(wanted).execute():
+            self._tx.after_commit(lambda: self._changed(brief.id))
 
 
 def own_brief(brief_id: str, me: str) -> Brief | None:

@@ -16,12 +16,14 @@ from broker_free import Node, Tx
 from broker_free.errors import NodeClosed
 from zmail import filing, leases
 from zmail.leases import Judge
-from zmail.models import DEAD, DELIVERED, EXPIRED, UNREAD, Brief, Delivery
+from zmail.models import UNREAD, Brief, Delivery
 from zmail.receipts import Moves
+from zmail.states import DEAD, DELIVERED, EXPIRED
 from zmail.wire import Receipt
 
 log = logging.getLogger(__name__)
 
+SLICE = 50  # rows a transaction, at half a millisecond each: everybody else waits meanwhile
 TEND_S = 15.0  # how long a session that died without a word may look alive
 
 
@@ -76,8 +78,9 @@ class Upkeep:
 
     async def _settle(self, settled: Sequence[tuple[str, str, str, str | None]]) -> None:
         queued = await self._node.read(lambda _: filing.queued_here({each[0] for each in settled}))
-        if ours := [each for each in settled if (each[0], each[1]) in queued]:
-            await self._node.transact(self._write_settled, ours)
+        ours = [each for each in settled if (each[0], each[1]) in queued]
+        for start in range(0, len(ours), SLICE):
+            await self._node.transact(self._write_settled, ours[start : start + SLICE])
 
     def _write_settled(self, tx: Tx, settled: Sequence[tuple[str, str, str, str | None]]) -> None:
         moves = self._moves(tx)
@@ -88,13 +91,15 @@ class Upkeep:
     async def _catch_up(self) -> None:
         """Find acks that came just before the last node ended, after its store had them and before we did."""
         settled = await self._node.read(filing.settled_unnoticed)
-        if settled:
-            await self._node.transact(self._write_settled, settled)
+        for start in range(0, len(settled), SLICE):
+            await self._node.transact(self._write_settled, settled[start : start + SLICE])
 
     async def _keep_house(self) -> None:
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.wanted.wait(), TEND_S)
+                # Not wait_for: in Python 3.11 it swallows a cancellation that comes together with the event.
+                async with asyncio.timeout(TEND_S):
+                    await self.wanted.wait()
             self.wanted.clear()
             await self._survive(self.tend())
 
@@ -105,12 +110,12 @@ class Upkeep:
         if fallen:
             await self._node.transact(leases.take_offline, fallen, self._judge)
         is_over = UNREAD & (Delivery.expires_ms <= now_ms)
-        if await self._node.read(lambda _: Delivery.select().where(is_over).exists()):
-            await self._node.transact(self._expire)
+        while await self._node.read(lambda _: Delivery.select().where(is_over).exists()):
+            await self._node.transact(self._expire, now_ms)
 
-    def _expire(self, tx: Tx) -> None:
+    def _expire(self, tx: Tx, now_ms: int) -> None:
         moves = self._moves(tx)
-        for delivery in Delivery.select().where(UNREAD, Delivery.expires_ms <= tx.now_ms):
+        for delivery in Delivery.select().where(UNREAD, Delivery.expires_ms <= now_ms).limit(SLICE):
             moves.move(Brief.get_by_id(delivery.brief), delivery, EXPIRED)
         moves.tell()
 

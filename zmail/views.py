@@ -16,20 +16,9 @@ from zmail import brief, filing, times
 from zmail.address import Address, Kind
 from zmail.directory import Directory, Place
 from zmail.errors import AmbiguousId, NotFound
-from zmail.models import (
-    ENDED,
-    HEADERS,
-    PROGRESS,
-    QUEUED,
-    UNDELIVERED,
-    UNREAD,
-    Action,
-    Brief,
-    Delivery,
-    Lease,
-    Recipient,
-)
+from zmail.models import HEADERS, UNDELIVERED, UNREAD, Action, Brief, Delivery, Lease, Recipient
 from zmail.push import Waiting
+from zmail.states import ENDED, PROGRESS, QUEUED
 
 Shape: TypeAlias = dict[str, Any]  # Any: one of the JSON objects of surface.md, 2
 

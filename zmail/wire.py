@@ -21,10 +21,10 @@ from typing import Any, get_args
 from broker_free.errors import InvalidInput
 from zmail import action, address, brief, times
 from zmail.brief import Brief, Draft
-from zmail.directory import Place
+from zmail.directory import TIME_MS_END, Place
 from zmail.errors import InvalidBrief
 from zmail.identity import SenderClass
-from zmail.models import ANNOUNCED, DEAD, DELIVERED, DONE, EXPIRED, READ
+from zmail.states import ANNOUNCED, DEAD, DELIVERED, DONE, EXPIRED, READ
 
 BRIEF = "zmail.brief"
 RECEIPT = "zmail.receipt"
@@ -206,8 +206,7 @@ def _short(value: object) -> str | None:
 
 
 def _time(value: object) -> int:
-    # Up to the year 9999, the last that a date can show.
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 253_402_300_800_000:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < TIME_MS_END:
         raise InvalidInput("not a time")
     return value
 
