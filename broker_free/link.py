@@ -432,20 +432,25 @@ class Link:
         return [Arrived(session.id, session.expected_seq - 1, frame.lane, records)]
 
     def _on_ack(self, session: _Session, frame: Frame, now_ms: int) -> list[Action]:
-        row = frame.meta.get("row")
+        row, at = frame.meta.get("row"), frame.meta.get("at")
         if frame.seq >= session.next_seq or not isinstance(row, int):
             return self._end("an ack for what was never sent", now_ms)
         self._grant(session, frame)
         session.progress_ms = now_ms
         session.ping_deadline_ms = None
         acked: list[tuple[int, str]] = []
+        newest = ""
         while self._sent and self._sent[0].seq <= frame.seq:
             sent = self._sent.popleft()
             session.bytes_in_flight -= sent.size
             acked.append((sent.row, sent.id))
+            if sent.seq == at:
+                newest = sent.id
         if not acked:
             return []
-        return [Acked(tuple(acked), (acked[-1][1], row))]
+        if not newest:
+            return self._end("an ack that names none of its messages", now_ms)
+        return [Acked(tuple(acked), (newest, row))]
 
     def _on_reject(self, session: _Session, frame: Frame, now_ms: int) -> list[Action]:
         for sent in self._sent:
@@ -506,8 +511,8 @@ class Link:
             self._caught_up = not rows
         return actions
 
-    def committed(self, *, session: int, seq: int, row: int) -> list[Action]:
-        """Records up to `seq` of that session are on disk; `row` is the inbox row of the last one. Ack them."""
+    def committed(self, *, session: int, seq: int, row: int, at: int) -> list[Action]:
+        """Records up to `seq` of that session are on disk; the highest inbox row is that of number `at`. Ack them."""
         current = self._session
         if current is None or current.id != session:
             return []  # the session has ended; the next one's resync tells
@@ -518,7 +523,7 @@ class Link:
             seq=seq,
             credit_messages=self._limits.credit_messages,
             credit_kib=self._limits.credit_kib,
-            meta={"row": row},
+            meta={"row": row, "at": at},
         )
         return [Send(current.conn, ack)]
 

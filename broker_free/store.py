@@ -581,8 +581,8 @@ class Store:
     def note_acked(self, peer: str, message_id: str, row: int) -> None:
         with self._translating():
             self._conn.execute(
-                "UPDATE peer SET acked_id = ?, acked_row = ? WHERE node_id = ?",
-                (id_to_bytes(message_id), row, peer),
+                "UPDATE peer SET acked_id = ?, acked_row = ? WHERE node_id = ? AND coalesce(acked_row, 0) < ?",
+                (id_to_bytes(message_id), row, peer, row),
             )
 
     def requeue(self, peer: str, now_ms: int) -> int:

@@ -93,7 +93,10 @@ class Journal(Ledger, Protocol):
     def mark_delivered(self, rows: Sequence[tuple[str, int]], now_ms: int) -> None: ...
     def mark_delivered_ids(self, peer: str, ids: Sequence[str], now_ms: int) -> None: ...
     def mark_dead(self, peer: str, row: int, reason: str, now_ms: int) -> None: ...
-    def note_acked(self, peer: str, message_id: str, row: int) -> None: ...
+    def note_acked(self, peer: str, message_id: str, row: int) -> None:
+        """Remember what `peer` acked under its highest row so far; a lower row changes nothing."""
+        ...
+
     def requeue(self, peer: str, now_ms: int) -> int:
         """Queue the retained delivered window of a peer again, and forget what it last acked."""
         ...
@@ -525,22 +528,23 @@ class Tick:
 
     def _acknowledge(self, inputs: _Inputs) -> None:
         """Ack what is on disk now: rejects first, then one ack for the last record of each session."""
-        acks: dict[tuple[str, int], tuple[int, int]] = {}
+        acks: dict[tuple[str, int], tuple[int, int, int]] = {}  # -> last seq, highest row, its seq
         for arrival in inputs.arrivals:
             link, arrived = self.links.get(arrival.peer), arrival.arrived
             if link is None:
                 continue
             first = arrived.seq - len(arrival.accepted) + 1
-            row = acks.get((arrival.peer, arrived.session), (0, 0))[1]
+            _, row, at = acks.get((arrival.peer, arrived.session), (0, 0, 0))
             for seq, accepted in enumerate(arrival.accepted, start=first):
                 if accepted.refused is not None:
                     self._do(
                         arrival.peer, link.reject(session=arrived.session, seq=seq, reason=accepted.refused)
                     )
-                row = accepted.row or row
-            acks[arrival.peer, arrived.session] = (arrived.seq, row)
-        for (peer, session), (seq, row) in acks.items():
-            self._do(peer, self.links[peer].committed(session=session, seq=seq, row=row))
+                if accepted.row > row:  # a duplicate has the row of its first copy: not always the highest
+                    row, at = accepted.row, seq
+            acks[arrival.peer, arrived.session] = (arrived.seq, row, at)
+        for (peer, session), (seq, row, at) in acks.items():
+            self._do(peer, self.links[peer].committed(session=session, seq=seq, row=row, at=at))
 
     def _spread(self, own: Sequence[Entry], inputs: _Inputs) -> None:
         """Make registry entries and interests count, and tell the peers about this node's own."""
@@ -584,7 +588,9 @@ class Tick:
                     self._inputs.arrivals.append(_Arrival(peer, action))
                 case links.Acked(rows, last):
                     self._marks += [(peer, row) for row, _ in rows]
-                    self._marks_last[peer] = last
+                    self._marks_last[peer] = max(
+                        last, self._marks_last.get(peer, last), key=lambda acked: acked[1]
+                    )
                     self._marks_due_ms = self._marks_due_ms or self._now_ms + self._limits.marks_delay_ms
                     self._outcome.delivered += [(message_id, peer) for _, message_id in rows]
                 case links.AckedIds(ids, _):
@@ -597,6 +603,7 @@ class Tick:
                 case links.Opened():
                     self._on_opened(peer, action)
                 case links.Lost(reason):
+                    self._forget_marks(peer)
                     self._outcome.lost.append((peer, reason))
                 case links.Control(frame):
                     self._on_control(peer, frame)
@@ -632,6 +639,13 @@ class Tick:
             return
         self._dialled[conn] = peer
         link.dialling(conn, self._now_ms)
+
+    def _forget_marks(self, peer: str) -> None:
+        """Leave what a lost session acked in doubt: the next greeting asks again, of the store as it is then."""
+        self._marks = [mark for mark in self._marks if mark[0] != peer]
+        self._marks_last.pop(peer, None)
+        if not self._marks:
+            self._marks_due_ms = None
 
     def _marks_are_due(self) -> bool:
         return self._marks_due_ms is not None and (
