@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from random import Random
 from types import MappingProxyType
 
 from broker_free.errors import InvalidInput, TooLarge
@@ -14,6 +15,14 @@ from broker_free.limits import Limits
 from broker_free.subject import check_subject
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+_to_json = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":")
+).encode  # json.dumps would make one a call
+
+# Ids are unique, not secret. os.urandom at each would be a system call that gives up the interpreter's lock, which a
+# busy loop then gets back only after the owner thread's turn.
+_RANDOM = Random(os.urandom(32))
+os.register_at_fork(after_in_child=lambda: _RANDOM.seed(os.urandom(32)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +55,7 @@ def new_id(now_ms: int) -> str:
     >>> new_id(0)[:15]
     '00000000-0000-7'
     """
-    value = (now_ms & 0xFFFF_FFFF_FFFF) << 80 | int.from_bytes(os.urandom(10), "big")
+    value = (now_ms & 0xFFFF_FFFF_FFFF) << 80 | _RANDOM.getrandbits(80)
     value = value & ~(0xF << 76) | 0x7 << 76  # version
     value = value & ~(0x3 << 62) | 0x2 << 62  # variant
     text = f"{value:032x}"
@@ -70,13 +79,17 @@ def id_from_bytes(raw: bytes) -> str:
 
 
 def metadata_of(message: Message) -> bytes:
-    """Return the metadata that travels and is stored beside the body: JSON, absent keys left out."""
+    """Return the metadata of a checked message as it travels and is stored: JSON, absent keys left out."""
+    if (
+        not message.reply_to and not message.headers
+    ):  # a checked id and subject hold nothing that JSON escapes
+        return f'{{"id":"{message.id}","subject":"{message.subject}"}}'.encode()
     meta: dict[str, object] = {"id": message.id, "subject": message.subject}
     if message.reply_to:
         meta["reply_to"] = message.reply_to
     if message.headers:
         meta["headers"] = dict(message.headers)
-    return json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode()
+    return _to_json(meta).encode()
 
 
 def parse_metadata(raw: bytes, body: bytes, limits: Limits) -> Message:
@@ -86,7 +99,7 @@ def parse_metadata(raw: bytes, body: bytes, limits: Limits) -> Message:
     if len(body) > limits.body_bytes_max:
         raise TooLarge(f"a body of {len(body)} bytes; the limit is {limits.body_bytes_max}")
     try:
-        meta = json.loads(raw)
+        meta = json.loads(raw.decode())  # from bytes, json would first guess the encoding
     except (ValueError, RecursionError):
         raise InvalidInput("metadata is not JSON") from None
     if not isinstance(meta, dict):

@@ -86,7 +86,7 @@ class Receipt:
         self.recipients: tuple[str, ...] = ()  # node ids it was queued for
         self._waiting: set[str] = set()
         self._dead: dict[str, str] = {}
-        self._done = asyncio.Event()
+        self._followers: list[asyncio.Future[None]] = []
 
     async def delivered(self, timeout: float | None = None) -> None:
         """Wait until every recipient holds the message on disk; `timeout` is in seconds.
@@ -95,8 +95,13 @@ class Receipt:
         InvalidInput when a recipient refused it for good.
         """
         try:
-            async with asyncio.timeout(timeout):
-                await self._done.wait()
+            if self._waiting:
+                follower: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._followers.append(follower)
+                async with asyncio.timeout(
+                    timeout
+                ):  # not wait_for, which loses a cancellation on Python 3.11
+                    await follower
         except TimeoutError:
             raise TimedOut(
                 f"{len(self._waiting)} of {len(self.recipients)} recipients have not confirmed yet",
@@ -121,7 +126,9 @@ class Receipt:
 
     def _check(self) -> None:
         if not self._waiting:
-            self._done.set()
+            for follower in self._followers:
+                _succeed(follower, None)
+            self._followers.clear()
 
 
 class Job:
@@ -329,8 +336,8 @@ class Node:
         message = Message(
             id=message_id or new_id(_utc_ms()), subject=subject, body=body, headers=headers or {}
         )
-        check_message(message, self.limits)
-        work = Publish(message=message, recipients=to, ttl_ms=ttl_ms)
+        meta = check_message(message, self.limits)
+        work = Publish(message=message, meta=meta, recipients=to, ttl_ms=ttl_ms)
         receipt = Receipt(message.id)
         self._receipts[message.id] = receipt
         self._publishing[work] = receipt
@@ -413,8 +420,7 @@ class Node:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._futures[work] = future
         owner.submit(work)
-        # Shielded: a caller that is cancelled leaves, the work goes on, and its outcome is still taken in.
-        return await asyncio.shield(future)
+        return await future  # a caller that is cancelled leaves; the work is done all the same
 
     def _take(self, outcome: Outcome) -> None:
         """Take in what a tick has to tell. Runs on the loop, once a tick."""
@@ -541,6 +547,7 @@ class _Owner:
         self._thread = threading.Thread(target=self._main, name="bf-owner", daemon=True)
         self._started: asyncio.Future[None] = loop.create_future()
         self._stopped = asyncio.Event()
+        self._has_ended = False
         self._lock_fd = -1
         self._store: Store
         self._transport: Transport
@@ -575,7 +582,7 @@ class _Owner:
         self._thread.join()
 
     def submit(self, work: Work) -> None:
-        if not self._thread.is_alive():
+        if self._has_ended:
             raise NodeClosed("the node has failed", hint="see its log, then start it again")
         self._queue.append(work)
         self._transport.wake()
@@ -650,6 +657,7 @@ class _Owner:
             log.exception("the node has failed")
             self._tell(self._node._died, error)
         finally:
+            self._has_ended = True
             self._release()
             self._tell(self._stopped.set)
 
@@ -678,6 +686,7 @@ class _Owner:
         )
         for pattern, fn in effects:
             self._tick.add_effect(pattern, fn)
+        self._store.has_effect = self._tick.effects_of
         for pattern in self._store.patterns():
             self._tick.add_interest(pattern)
         node._registry = Registry(node.node_id, entries)

@@ -22,7 +22,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +199,10 @@ class Store:
         self._consumers: list[tuple[int, str]] = []
         self._counts: dict[int, _Count] = {}
         self._settled: list[int] = []
+        self._born_done: set[int] = set()
+        self.has_effect: Callable[[str], object] = lambda subject: (
+            False
+        )  # the tick's effects, once there is one
         self._next_inbox = self._next_outbox = self._next_message = 1
         self._next_due_ms: int | None = None
         self._has_seen = False
@@ -256,6 +260,7 @@ class Store:
         self._has_seen = one("SELECT EXISTS (SELECT 1 FROM seen)").fetchone()[0] == 1
         self._counts = {}
         self._settled = []
+        self._born_done = set()
 
     # -- transactions ---------------------------------------------------------------------------------------
 
@@ -273,6 +278,7 @@ class Store:
                     [(row,) for row in self._settled],
                 )
                 self._settled = []
+            self._born_done.clear()
             faults.reach("before-commit")
             transaction, self._txn = self._txn, None
             transaction.__exit__(None, None, None)
@@ -363,6 +369,9 @@ class Store:
             consumers = [number for number, pattern in self._consumers if matches(pattern, message.subject)]
             jobs += [(number, row) for number in consumers]
             state = CLAIMED if consumers else NEW
+            if not consumers and self.has_effect(message.subject):
+                state = DONE  # its effect runs in this very transaction
+                self._born_done.add(row)
             rows.append((row, peer, raw_id, lane, meta, message.body, digest, state, now_ms))
             accepted.append(Accepted(row=row, envelope=_envelope(row, sender, message)))
         with self._translating():
@@ -385,7 +394,8 @@ class Store:
         return known
 
     def settle(self, row: int) -> None:
-        self._settled.append(row)
+        if row not in self._born_done:
+            self._settled.append(row)
 
     def failed(self, row: int, reason: str, now_ms: int) -> None:
         with self._translating():

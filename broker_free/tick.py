@@ -21,7 +21,6 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -40,6 +39,8 @@ from broker_free.registry import encode as encode_entries
 from broker_free.subject import check_pattern, matches
 
 log = logging.getLogger("broker_free")
+
+_SUBJECTS_REMEMBERED = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +170,7 @@ class Publish:
         Sequence[str] | None
     )  # None: whoever is interested when the transaction runs, offline ones included
     ttl_ms: int | None = None
+    meta: bytes | None = None  # of `message`, if check_message has returned it already
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -258,6 +260,7 @@ class Tick:
         self._limits = limits
         self._random = random
         self._effects: list[tuple[str, Effect]] = []
+        self._effects_by_subject: dict[str, tuple[Effect, ...]] = {}
         self._dialled: dict[int, str] = {}  # connections opened here -> peer
         self._marks: list[tuple[str, int]] = []  # acks seen, not yet written: they ride on the next commit
         self._marks_last: dict[str, tuple[str, int]] = {}
@@ -272,6 +275,7 @@ class Tick:
     def add_effect(self, pattern: str, fn: Effect) -> None:
         check_pattern(pattern)
         self._effects.append((pattern, fn))
+        self._effects_by_subject.clear()
         self.interest = tuple(sorted({*self.interest, pattern}))
 
     def add_interest(self, pattern: str) -> None:
@@ -375,6 +379,7 @@ class Tick:
                 self._perform(one, outcome, offered)
             for peer in offered:
                 sent_early = self._do(peer, self.links[peer].flush()) or sent_early
+            self._write_marks()  # after the wire: nobody waits for these, and the peer is already at work
             self._journal.commit()
         except StoreFailed as error:
             self._journal.rollback()
@@ -396,10 +401,6 @@ class Tick:
                 arrival.peer, arrival.arrived.lane, arrival.arrived.records, utc_ms
             )
             self._apply_effects([one.envelope for one in arrival.accepted if one.envelope], outcome)
-        if self._marks:
-            journal.mark_delivered(self._marks, utc_ms)
-        for peer, (message_id, row) in self._marks_last.items():
-            journal.note_acked(peer, message_id, row)
         for peer, resync in inputs.resynced:
             journal.mark_delivered_ids(peer, resync.ids, utc_ms)
             journal.note_acked(peer, *resync.last)
@@ -414,6 +415,12 @@ class Tick:
         for peer, patterns in inputs.interests.items():
             journal.save_interest(peer, patterns)
         self._apply_effects(journal.due(utc_ms, self._limits.tick_operations_max), outcome)
+
+    def _write_marks(self) -> None:
+        if self._marks:
+            self._journal.mark_delivered(self._marks, self._utc_ms)
+        for peer, (message_id, row) in self._marks_last.items():
+            self._journal.note_acked(peer, message_id, row)
 
     def _perform(self, work: Work, outcome: Outcome, offered: set[str]) -> None:
         try:
@@ -436,7 +443,8 @@ class Tick:
 
     def _publish(self, work: Publish, outcome: Outcome, offered: set[str]) -> list[str]:
         """Queue a plain publish and offer it to the links at once. Returns the peers it was queued for."""
-        meta, rows, arrivals = self._queue(work.message, work.recipients, work.ttl_ms)
+        meta = work.meta or check_message(work.message, self._limits)
+        rows, arrivals = self._queue(work.message, meta, work.recipients, work.ttl_ms)
         for peer, row in rows:
             link = self.links.get(peer)
             if link is not None and link.offer(
@@ -457,13 +465,11 @@ class Tick:
         self, message: Message, recipients: Sequence[str] | None, ttl_ms: int | None
     ) -> tuple[list[tuple[str, int]], list[Envelope]]:
         """Queue a message from inside a transaction: (peer, outbox row) pairs and what arrived here by it."""
-        _, rows, arrivals = self._queue(message, recipients, ttl_ms)
-        return rows, arrivals
+        return self._queue(message, check_message(message, self._limits), recipients, ttl_ms)
 
     def _queue(
-        self, message: Message, recipients: Sequence[str] | None, ttl_ms: int | None
-    ) -> tuple[bytes, list[tuple[str, int]], list[Envelope]]:
-        meta = check_message(message, self._limits)
+        self, message: Message, meta: bytes, recipients: Sequence[str] | None, ttl_ms: int | None
+    ) -> tuple[list[tuple[str, int]], list[Envelope]]:
         if ttl_ms is not None and not 0 < ttl_ms <= self._limits.ttl_ms_max:
             raise InvalidInput(
                 f"a lifetime of {ttl_ms} ms; it must be positive and at most {self._limits.ttl_ms_max}"
@@ -483,34 +489,59 @@ class Tick:
         if self.me in recipients:
             accepted = self._journal.accept(self.me, 0, [(meta, message.body)], self._utc_ms)
             arrivals = [one.envelope for one in accepted if one.envelope]
-        return meta, rows, arrivals
+        return rows, arrivals
 
     def _apply_effects(self, envelopes: Iterable[Envelope], outcome: Outcome) -> None:
-        """Run the effects of new messages, those included that an effect publishes to this node itself."""
-        waiting = deque(envelopes)
-        while waiting:
-            envelope = waiting.popleft()
-            outcome.arrivals.append(envelope)
-            effects = [fn for pattern, fn in self._effects if matches(pattern, envelope.subject)]
-            if not effects:
-                continue
-            tx = Tx(self, self._utc_ms)
-            try:
-                with self._journal.savepoint():
-                    for effect in effects:
-                        effect(tx, envelope)
-                    self._write_entries(tx)
-                    self._journal.settle(envelope.row)
-            except StoreFailed:
-                raise
-            except Exception as error:
-                # One bad message must not stop the others: it is kept, tried again, and dead after too many tries.
-                log.exception("effect failed", extra={"id": envelope.id, "subject": envelope.subject})
-                self._journal.failed(envelope.row, f"{type(error).__name__}: {error}"[:200], self._utc_ms)
-                continue
-            waiting += tx.arrivals
-            tx.arrivals = []
+        """Run the effects of new messages, those included that an effect publishes to this node itself.
+
+        All of a batch share a savepoint, which costs as much as an insert; if one raises, each has its own.
+        """
+        batch = list(envelopes)
+        outcome.arrivals += batch
+        batch = [envelope for envelope in batch if self.effects_of(envelope.subject)]
+        if not batch:
+            return
+        try:
+            done = self._run_effects(batch)
+        except StoreFailed:
+            raise
+        except Exception:  # noqa: BLE001  told below, once it is known whose it is
+            done = [tx for envelope in batch for tx in self._run_alone(envelope)]
+        for tx in done:
             self._absorb(tx, outcome)
+
+    def _run_effects(self, batch: Sequence[Envelope]) -> list[Tx]:
+        done: list[Tx] = []
+        with self._journal.savepoint():
+            for envelope in batch:
+                tx = Tx(self, self._utc_ms)
+                for effect in self.effects_of(envelope.subject):
+                    effect(tx, envelope)
+                self._write_entries(tx)
+                self._journal.settle(envelope.row)
+                done.append(tx)
+        return done
+
+    def _run_alone(self, envelope: Envelope) -> list[Tx]:
+        """One bad message must not stop the others: it is kept, tried again, and dead after too many tries."""
+        try:
+            return self._run_effects([envelope])
+        except StoreFailed:
+            raise
+        except Exception as error:
+            log.exception("effect failed", extra={"id": envelope.id, "subject": envelope.subject})
+            self._journal.failed(envelope.row, f"{type(error).__name__}: {error}"[:200], self._utc_ms)
+            return []
+
+    def effects_of(self, subject: str) -> tuple[Effect, ...]:
+        """Return what is to run for messages of a subject."""
+        found = self._effects_by_subject.get(subject)
+        if found is None:
+            if len(self._effects_by_subject) >= _SUBJECTS_REMEMBERED:
+                self._effects_by_subject.clear()  # subjects come from outside: bounded
+            found = tuple(fn for pattern, fn in self._effects if matches(pattern, subject))
+            self._effects_by_subject[subject] = found
+        return found
 
     def _write_entries(self, tx: Tx) -> None:
         if tx.entries:

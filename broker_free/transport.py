@@ -856,6 +856,8 @@ class _Waker:
             os.set_blocking(self.fd, False)
 
     def set(self) -> None:
+        if self._is_set:
+            return  # the owner has yet to clear it, and looks at its work after that
         with self._lock:
             if not self._is_set and not self._is_closed:
                 self._is_set = True
