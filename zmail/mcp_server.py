@@ -85,6 +85,14 @@ class McpHost:
 
     async def serve(self, connection: DoorConnection, args: dict[str, Any], hints: dict[str, Any]) -> None:
         """Be the MCP server of one session until its relay goes away."""
+        try:
+            await self._serve(connection, hints)
+        except asyncio.CancelledError:
+            if not connection.closed.is_set():
+                connection.post(encode({"zmail": "bye"}))  # the door is closing: a node stopped on purpose
+            raise
+
+    async def _serve(self, connection: DoorConnection, hints: dict[str, Any]) -> None:
         server = await self._loaded()
         session = McpSession(
             connection,
@@ -94,16 +102,12 @@ class McpHost:
             hints=hints,
             marks=self._marks,
         )
-        greeting: dict[str, Any] = {"node": self._node_name, **await session.introduce()}
-        await connection.answer(greeting)
-        session.take_notices()
-        _SESSION.set(session)  # this connection's own task: its context is nobody else's
         try:
+            greeting: dict[str, Any] = {"node": self._node_name, **await session.introduce()}
+            await connection.answer(greeting)
+            session.take_notices()
+            _SESSION.set(session)  # this connection's own task: its context is nobody else's
             await server.run(_FromRelay(session), _ToRelay(session), server.create_initialization_options())
-        except asyncio.CancelledError:
-            if not connection.closed.is_set():
-                connection.post(encode({"zmail": "bye"}))  # the door is closing: a node stopped on purpose
-            raise
         finally:
             session.end()
 
@@ -416,7 +420,11 @@ def _built() -> "Server[Any]":
 
     logging.getLogger("mcp").setLevel(logging.WARNING)  # at INFO and below it logs what callers sent
     with _logging_left_alone():
-        app = Lean("zmail", title="zmail", instructions=INSTRUCTIONS, version=__version__)
+        # The tools never change while a node runs, so there is nothing to subscribe to; and Claude Code (2.1.329) then
+        # leaves no request open for as long as the session lasts.
+        app = Lean(
+            "zmail", title="zmail", instructions=INSTRUCTIONS, version=__version__, subscriptions=False
+        )
     _add_tools(app)
     # Under MCPServer the server that runs on streams of one's own is private in mcp 2.x; `run` takes stdio only.
     return app._lowlevel_server

@@ -21,7 +21,6 @@ import json
 import os
 import re
 import select
-import selectors
 import signal
 import socket
 import sys
@@ -41,9 +40,8 @@ if TYPE_CHECKING:
 
 LINE_BYTES_MAX = 4 * 1024 * 1024  # of the door
 _JUNK_BYTES_MAX = 4 * LINE_BYTES_MAX  # up to here a line that is too long is read, to answer it by its id
-_QUEUED_BYTES_MAX = (
-    1024 * 1024
-)  # towards an end that does not read; beyond it the other end is not read either
+_QUEUED_BYTES_MAX = 1024 * 1024  # for an end that does not read; beyond it the other end is not read either
+_WAITING_BYTES_MAX = 16 * 1024 * 1024  # of calls that wait for a node
 _READ_BYTES = 65_536
 
 PROBE_S = 2.5  # Claude Code waits 3 s for server/discover, then shakes hands instead
@@ -84,8 +82,8 @@ class Conversation:
     def __init__(self) -> None:
         self._calls: dict[str, _Call] = {}  # by id, as JSON text: 1 and "1" are two ids; in the order asked
         self._handshake: bytes | None = None  # the `initialize` that was answered
-        self._is_initialized = False  # and the client's `notifications/initialized` followed
-        self._initialized: bytes | None = None  # its line
+        self._initialized: bytes | None = None  # the `notifications/initialized` that followed
+        self._is_served = False  # a node has answered something: which of the two eras it is has been settled
         self._repeats: set[str] = set()  # ids of repeated requests, whose answers the client has already
 
     def from_client(self, line: bytes, *, now: float) -> tuple[list[bytes], list[bytes]]:
@@ -98,13 +96,8 @@ class Conversation:
             return [_error(None, _INVALID_REQUEST, "a line is one JSON-RPC object")], []
         method, is_request = said.get("method"), "id" in said and "method" in said
         if len(line) > LINE_BYTES_MAX:
-            return [
-                _error(
-                    said.get("id"),
-                    _INVALID_REQUEST,
-                    f"this is over {LINE_BYTES_MAX} bytes: send less at once",
-                )
-            ], []
+            too_long = f"this is over {LINE_BYTES_MAX} bytes: send less at once"
+            return [_error(said.get("id"), _INVALID_REQUEST, too_long)], []
         if is_request and not _is_id(said["id"]):
             return [_error(None, _INVALID_REQUEST, "an id is a text or a whole number")], []
         if is_request:
@@ -148,6 +141,7 @@ class Conversation:
         call = self._calls.pop(key, None)
         if call is None:
             return []  # cancelled, or answered by us in the meantime
+        self._is_served = True
         if call.method == "initialize" and "result" in said:
             self._handshake = call.line
         return [line]
@@ -183,7 +177,7 @@ class Conversation:
 
         Such a node would answer later and from then on refuse the handshake: it needs a fresh connection.
         """
-        late = [call for call in self._calls.values() if _is_late_probe(call, now)]
+        late = [call for call in self._probes() if now >= call.since + PROBE_S]
         answers = self._give_up(
             lambda call: call in late, _METHOD_NOT_FOUND, "zmail's node is still starting: use initialize"
         )
@@ -193,17 +187,24 @@ class Conversation:
         """Whether something is asked that no node has heard."""
         return any(not call.is_sent for call in self._calls.values())
 
+    def waiting_bytes(self) -> int:
+        """How much is kept for a node to come."""
+        return sum(len(call.line) for call in self._calls.values() if not call.is_sent)
+
     def deadline(self) -> float | None:
         """When `overdue` or `overdue_probe` has something to say next."""
         moments = [call.since + CALL_WAIT_S for call in self._calls.values() if not call.is_sent]
-        moments += [call.since + PROBE_S for call in self._calls.values() if call.method == "server/discover"]
+        moments += [call.since + PROBE_S for call in self._probes()]
         return min(moments, default=None)
+
+    def _probes(self) -> list[_Call]:
+        """Return the discoveries on which the client's choice of an era hangs."""
+        return [] if self._is_served else [c for c in self._calls.values() if c.method == "server/discover"]
 
     def _cancelled(self, said: dict[str, Any], line: bytes) -> list[bytes]:
         params = said.get("params")
-        call = (
-            self._calls.pop(json.dumps(params.get("requestId")), None) if isinstance(params, dict) else None
-        )
+        key = json.dumps(params.get("requestId")) if isinstance(params, dict) else ""
+        call = self._calls.pop(key, None)
         return [line] if call is None or call.is_sent else []
 
     def _give_up(self, is_hopeless: Callable[[_Call], bool], code: int, why: str) -> list[bytes]:
@@ -211,10 +212,6 @@ class Conversation:
         for key in hopeless:
             del self._calls[key]
         return [_error(json.loads(key), code, why) for key in hopeless]
-
-
-def _is_late_probe(call: _Call, now: float) -> bool:
-    return call.method == "server/discover" and now >= call.since + PROBE_S
 
 
 def _is_id(value: Any) -> bool:  # whatever JSON the client sent
@@ -262,9 +259,8 @@ class Relay:
     ) -> None:
         self._door_path = door_path
         self._ensure_node = ensure_node
-        self._greeting = json.dumps({"id": 1, "verb": "mcp", "args": {}, "hints": dict(hints)}).encode(
-            "ascii"
-        )
+        greeting = {"id": 1, "verb": "mcp", "args": {}, "hints": dict(hints)}
+        self._greeting = json.dumps(greeting).encode("ascii")
         self._inbox = inbox
         self._stdin = stdin
         self._stdout = stdout
@@ -279,9 +275,8 @@ class Relay:
         self._to_node = bytearray()
         self._greeting_until = 0.0
 
-        self._is_node_wanted = (
-            True  # False after a node has been stopped on purpose, until somebody asks something
-        )
+        # False after a node has been stopped on purpose, until somebody asks something.
+        self._is_node_wanted = True
         self._retry_at: float | None = time.monotonic()
         self._retry_s = _RETRY_S_MIN
         self._start_at = 0.0
@@ -292,57 +287,64 @@ class Relay:
 
     def run(self) -> None:
         """Carry lines until stdin ends or stdout breaks."""
-        poll = selectors.PollSelector()  # unlike epoll it takes a file for stdin
+        poll = select.poll()  # unlike epoll it takes a file, and tells of a hang-up nobody asked for
+        watched: set[int] = set()
         while not self._ended:
             interest = self._interest()
-            for key in list(poll.get_map().values()):
-                if key.fd not in interest:
-                    poll.unregister(key.fd)
-            for fd, mask in interest.items():
-                if fd in poll.get_map():
-                    poll.modify(fd, mask)
-                else:
-                    poll.register(fd, mask)
-            ready = poll.select(self._timeout_s())
+            for fd in watched - interest.keys():
+                poll.unregister(fd)
+            for fd, events in interest.items():
+                poll.register(fd, events)
+            watched = set(interest)
+            ready = poll.poll(self._timeout_ms())
             # stdin last: what is said to a node that has just gone would be lost.
-            for key, mask in sorted(ready, key=lambda each: each[0].fd == self._stdin):
-                self._ready(key.fd, mask)
+            for fd, events in sorted(ready, key=lambda each: each[0] == self._stdin):
+                self._ready(fd, events, interest[fd])
             self._tick(time.monotonic())
         self._flush_client(0.2)
 
     def _interest(self) -> dict[int, int]:
-        """Which ends to watch, for what. An end whose opposite does not keep up is not read."""
-        interest = {self._woken.fileno(): selectors.EVENT_READ}
-        if len(self._to_node) < _QUEUED_BYTES_MAX:
-            interest[self._stdin] = selectors.EVENT_READ
-        if self._to_client:
-            interest[self._stdout] = selectors.EVENT_WRITE
+        """Which ends to watch, for what. An end whose opposite does not keep up is not read, only seen to hang up."""
+        is_node_slow = len(self._to_node) > _QUEUED_BYTES_MAX
+        is_client_slow = len(self._to_client) > _QUEUED_BYTES_MAX
+        is_full = is_node_slow or self._conversation.waiting_bytes() > _WAITING_BYTES_MAX
+        interest = {
+            self._woken.fileno(): select.POLLIN,
+            self._stdin: 0 if is_full else select.POLLIN,
+            self._stdout: select.POLLOUT if self._to_client else 0,
+        }
         if self._door is not None:
-            mask = selectors.EVENT_READ if len(self._to_client) < _QUEUED_BYTES_MAX else 0
-            mask |= selectors.EVENT_WRITE if self._to_node else 0
-            if mask:
-                interest[self._door.fileno()] = mask
+            events = (0 if is_client_slow else select.POLLIN) | (select.POLLOUT if self._to_node else 0)
+            if events:  # a door that hangs up may still have something to be read: that comes first
+                interest[self._door.fileno()] = events
         return interest
 
-    def _timeout_s(self) -> float | None:
+    def _timeout_ms(self) -> float | None:
         moments = [self._retry_at, self._conversation.deadline()]
         if self._door is not None and not self._is_greeted:
             moments.append(self._greeting_until)
         soonest = min((moment for moment in moments if moment is not None), default=None)
-        return None if soonest is None else max(0.0, soonest - time.monotonic())
+        return None if soonest is None else max(0.0, (soonest - time.monotonic()) * 1_000)
 
-    def _ready(self, fd: int, mask: int) -> None:
+    def _ready(self, fd: int, events: int, interest: int) -> None:
+        has_hung_up = bool(events & (select.POLLHUP | select.POLLERR | select.POLLNVAL))
         if fd == self._stdin:
-            self._read_client()
+            if interest:
+                self._read_client()
+            else:
+                self._ended = True
         elif fd == self._stdout:
-            self._write_client()
+            if has_hung_up:
+                self._ended = True
+            else:
+                self._write_client()
         elif fd == self._woken.fileno():
             self._woken.recv(_READ_BYTES)
             self._started()
         elif self._door is not None and fd == self._door.fileno():
-            if mask & selectors.EVENT_WRITE:
+            if events & select.POLLOUT:
                 self._write_node()
-            if mask & selectors.EVENT_READ:
+            if events & select.POLLIN or has_hung_up:
                 self._read_node()
 
     def _tick(self, now: float) -> None:
@@ -392,10 +394,10 @@ class Relay:
 
     def _flush_client(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        with selectors.PollSelector() as poll:
-            poll.register(self._stdout, selectors.EVENT_WRITE)
-            while self._to_client and poll.select(max(0.0, deadline - time.monotonic())):
-                self._write_client()
+        poll = select.poll()
+        poll.register(self._stdout, select.POLLOUT)
+        while self._to_client and poll.poll(max(0.0, (deadline - time.monotonic()) * 1_000)):
+            self._write_client()
 
     # ── the node ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -417,9 +419,7 @@ class Relay:
             door.connect(self._door_path)
         except OSError as error:
             door.close()
-            is_absent = not isinstance(
-                error, BlockingIOError
-            )  # a node whose queue is full is there, and busy
+            is_absent = not isinstance(error, BlockingIOError)  # that one is there, and its queue full
         else:
             self._door = door
             self._is_greeted = False
@@ -529,9 +529,9 @@ class Relay:
             self._is_node_wanted = False
         elif said["zmail"] == "notice":
             why = self._inbox.post(str(said["text"]), sender=str(said["from"]), name=str(said["name"]))
-            posted = {"zmail": "posted", "n": said["n"], "ok": why is None}
-            if why is not None:
-                posted["why"] = why
+            posted = {"zmail": "posted", "n": said["n"], "ok": why is None} | (
+                {} if why is None else {"why": why}
+            )
             self._to_node += json.dumps(posted, separators=(",", ":")).encode("ascii") + b"\n"
             self._write_node()
 
@@ -552,9 +552,7 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9 :_/.@()-]+")
 _TAG = re.compile(r"<(?=\s*/?\s*[A-Za-z!?])")
 # C0 but tab and newline, DEL, C1, line and paragraph separators, and what turns the direction of writing.
 _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-_TEXT_CHARACTERS_MAX = (
-    50_000  # a notice has a few hundred; with every character escaped it still fits the line
-)
+_TEXT_CHARACTERS_MAX = 50_000  # a notice has a few hundred; escaped, it still fits the line of 1 MiB
 
 
 class Inbox:
@@ -567,7 +565,7 @@ class Inbox:
         self._env = env
         self._parent_pid = parent_pid
         self.claude_pid: int | None = (
-            None  # as the node found it, when wrappers stand between us and Claude Code
+            None  # as the node found it: wrappers may stand between us and Claude Code
         )
 
     def post(self, text: str, *, sender: str, name: str) -> str | None:
