@@ -60,7 +60,7 @@ async def site(
     name: str, home: Path, *, limits: Limits | None = None, **settings: Any
 ) -> AsyncIterator[Site]:
     """Run a node with a post office, as the daemon puts them together."""
-    push = Push()
+    push = Push(retry_s=0.1)
     node = Node(name, home=home, models=MODELS, limits=limits)
     office = PostOffice(node, identity=IDENTITY, push=push, settings=Settings(node_name=name, **settings))
     async with node:

@@ -199,6 +199,23 @@ def test_a_notice_that_fails_leaves_the_brief_as_it_is_and_the_next_one_tells_of
     asyncio.run(scenario())
 
 
+def test_a_session_whose_inbox_opens_late_is_told_without_anything_else_happening() -> None:
+    async def scenario() -> None:
+        with homes(1) as (home,):
+            async with site("server1", home) as one:
+                alpha = await one.act_as("alpha")
+                await one.act_as("bravo")
+                session = Session(works=False)
+                one.push.attach("bravo", session)
+                ident = await one.send(alpha, "bravo")
+                await eventually(lambda: session.entered)
+                session.works = True
+                await eventually(lambda: session.told)
+                assert ident in session.told[0][0]
+
+    asyncio.run(scenario())
+
+
 def test_of_several_sessions_the_newest_is_told() -> None:
     async def scenario() -> None:
         with homes(1) as (home,):

@@ -27,6 +27,7 @@ SOCKET = "socket"  # the name of this door: the session's own inbox socket
 # (2.1.329). One bucket for each mailbox, whoever sends, stays inside that whatever the mix of senders is.
 BURST = 30
 REFILL_PER_S = 0.5
+RETRY_S = 15.0  # a session's inbox may open late, or be back after a while; a try costs one line
 NOTIFY_TIMEOUT_S = 10.0  # a relay answers in milliseconds; one that does not is as good as gone
 
 
@@ -102,8 +103,9 @@ class Bucket:
 class Push:
     """The sessions that can be told, by callsign. The newest session of a callsign gets the notices."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, retry_s: float = RETRY_S) -> None:
         self._clock = clock
+        self._retry_s = retry_s
         self._ledger: Ledger | None = None
         self._desks: dict[str, _Desk] = {}
         self._buckets: dict[str, Bucket] = {}  # outlive a reconnect: the session's guard does too
@@ -117,7 +119,7 @@ class Push:
         assert self._ledger is not None, "serve() comes before attach()"
         if (desk := self._desks.get(callsign)) is None:
             bucket = self._buckets.setdefault(callsign, Bucket(self._clock()))
-            desk = self._desks[callsign] = _Desk(callsign, self._ledger, bucket, self._clock)
+            desk = self._desks[callsign] = _Desk(callsign, self._ledger, bucket, self._clock, self._retry_s)
         desk.sessions.append(session)
         desk.wanted.set()
 
@@ -154,13 +156,16 @@ class Push:
 class _Desk:
     """One callsign's sessions and the one task that tells them, so that there is one notice at a time."""
 
-    def __init__(self, callsign: str, ledger: Ledger, bucket: Bucket, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, callsign: str, ledger: Ledger, bucket: Bucket, clock: Callable[[], float], retry_s: float
+    ) -> None:
         self.sessions: list[PushSession] = []
         self.wanted = asyncio.Event()
         self._callsign = callsign
         self.ledger = ledger
         self._bucket = bucket
         self._clock = clock
+        self._retry_s = retry_s
         self.task = asyncio.get_running_loop().create_task(self._run(), name=f"push {callsign}")
 
     async def _run(self) -> None:
@@ -186,7 +191,8 @@ class _Desk:
             await self.ledger.announced(waiting, door=SOCKET)
             log.info("announced", extra={"callsign": self._callsign, "briefs": len(waiting), "door": SOCKET})
         else:
-            # They stay as they are: the next brief, or the session's next attach, tells of them again.
+            # They stay as they are, and are told of again: after a while, with the next brief or at the next attach.
+            asyncio.get_running_loop().call_later(self._retry_s, self.wanted.set)
             log.warning("a notice did not reach the session", extra={"callsign": self._callsign})
 
     async def _notify(self, session: PushSession, waiting: Sequence[Waiting]) -> bool:
