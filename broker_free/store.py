@@ -12,8 +12,9 @@ One process, one thread, one connection writes. Reads elsewhere go through `Read
     registry  replicated entries        invitation  one-time keys
 
 Hot paths use constant SQL on peewee's connection (0.9 of raw sqlite3, where Model.create is 0.15); models do the
-rest. Row numbers are given out here, not by SQLite, so that a batch goes through `executemany`; AUTOINCREMENT
-keeps a number from ever being used twice for two committed rows.
+rest. Row numbers are given out here, not by SQLite, so that a batch goes through `executemany`. The newest row of
+inbox and outbox is never pruned, so that no number is given to a second message: one that came back would break
+order and the regression check. (AUTOINCREMENT does that too, for one page more in every commit.)
 """
 
 from __future__ import annotations
@@ -116,19 +117,18 @@ class Peer(_Table):
 
 
 _SCHEMA: Final = (
-    # AUTOINCREMENT: a row number that comes back would break order and the regression check.
     """CREATE TABLE peer (id INTEGER PRIMARY KEY, node_id TEXT NOT NULL UNIQUE, name TEXT NOT NULL,
         public_key BLOB NOT NULL, endpoints TEXT NOT NULL, beat_endpoint TEXT NOT NULL, interests TEXT NOT NULL,
         acked_id BLOB, acked_row INTEGER, pruned_row INTEGER NOT NULL, is_member INTEGER NOT NULL,
         added_ms INTEGER NOT NULL, seen_ms INTEGER NOT NULL)""",
     """CREATE TABLE message (id INTEGER PRIMARY KEY, msg_id BLOB NOT NULL, meta BLOB NOT NULL,
         body BLOB NOT NULL, digest BLOB NOT NULL, refs INTEGER NOT NULL)""",
-    """CREATE TABLE outbox (row INTEGER PRIMARY KEY AUTOINCREMENT, peer INTEGER NOT NULL, msg_id BLOB NOT NULL,
+    """CREATE TABLE outbox (row INTEGER PRIMARY KEY, peer INTEGER NOT NULL, msg_id BLOB NOT NULL,
         message INTEGER NOT NULL, state INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL,
         queued_ms INTEGER NOT NULL, expires_ms INTEGER NOT NULL, settled_ms INTEGER, reason TEXT)""",
     "CREATE UNIQUE INDEX outbox_key ON outbox (peer, msg_id)",
     "CREATE INDEX outbox_queued ON outbox (peer, row) WHERE state = 0",
-    """CREATE TABLE inbox (row INTEGER PRIMARY KEY AUTOINCREMENT, peer INTEGER NOT NULL, msg_id BLOB NOT NULL,
+    """CREATE TABLE inbox (row INTEGER PRIMARY KEY, peer INTEGER NOT NULL, msg_id BLOB NOT NULL,
         lane INTEGER NOT NULL, meta BLOB NOT NULL, body BLOB NOT NULL, digest BLOB NOT NULL,
         state INTEGER NOT NULL DEFAULT 0, arrived_ms INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
         due_ms INTEGER, reason TEXT)""",
@@ -247,11 +247,8 @@ class Store:
     def _load(self) -> None:
         """Read into memory what would otherwise be asked for in every tick."""
         one = self._conn.execute
-        sequences = dict(
-            one("SELECT name, seq FROM sqlite_sequence WHERE name IN ('inbox', 'outbox')").fetchall()
-        )
-        self._next_inbox = sequences.get("inbox", 0) + 1
-        self._next_outbox = sequences.get("outbox", 0) + 1
+        self._next_inbox = one("SELECT coalesce(max(row), 0) + 1 FROM inbox").fetchone()[0]
+        self._next_outbox = one("SELECT coalesce(max(row), 0) + 1 FROM outbox").fetchone()[0]
         self._next_message = one("SELECT coalesce(max(id), 0) + 1 FROM message").fetchone()[0]
         self._peer_ids = dict(one("SELECT node_id, id FROM peer").fetchall())
         self._peer_names = {number: node_id for node_id, number in self._peer_ids.items()}
@@ -691,14 +688,15 @@ class Store:
         with self._translating():
             gone = self._conn.execute(
                 f"DELETE FROM outbox WHERE row IN (SELECT row FROM outbox WHERE state <> {QUEUED} AND settled_ms < ?"
-                f" LIMIT {_PRUNE_SLICE}) RETURNING message",
+                f" AND row < (SELECT max(row) FROM outbox) LIMIT {_PRUNE_SLICE}) RETURNING message",
                 (now_ms - limits.retained_ms,),
             ).fetchall()
             self._conn.executemany("UPDATE message SET refs = refs - 1 WHERE id = ?", gone)
             self._conn.executemany("DELETE FROM message WHERE id = ? AND refs <= 0", gone)
             old = self._conn.execute(
                 f"DELETE FROM inbox WHERE row IN (SELECT row FROM inbox WHERE state = {DONE} AND arrived_ms < ?"
-                f" ORDER BY row LIMIT {_PRUNE_SLICE}) RETURNING peer, msg_id, row, digest",
+                f" AND row < (SELECT max(row) FROM inbox) ORDER BY row LIMIT {_PRUNE_SLICE})"
+                " RETURNING peer, msg_id, row, digest",
                 (now_ms - limits.ttl_ms_max,),
             ).fetchall()
             self._conn.executemany(
