@@ -27,7 +27,8 @@ from benchmarks.machine import REPOSITORY
 
 ANSWER_S = 120.0  # the longest command is a throughput round on a slow disk
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STOP_S = 10.0  # a guard gives its own child half of this
+GRACE_S = 3.0  # to notice the end of the input; a worker in the middle of a command does not
+STOP_S = 6.0  # after SIGTERM; a guard gives its own child less
 
 
 class WorkerFailed(Exception):
@@ -89,16 +90,22 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
 
-    def stop(self) -> None:
-        """End the process: by the end of its input, else by SIGTERM, else by SIGKILL; always wait for it."""
-        self.close_input()
-        for insist in (self._process.terminate, self._process.kill, None):
-            try:
-                self._process.wait(STOP_S)
-                break
-            except subprocess.TimeoutExpired:
-                if insist is not None:
-                    insist()
+    def wait(self, deadline: float) -> bool:
+        """Whether the process has ended by `deadline`, on the monotonic clock."""
+        try:
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def close_output(self) -> None:
         assert self._process.stdout is not None
         self._process.stdout.close()
 
@@ -140,11 +147,28 @@ class Lab:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with _without_interrupts():
-            for worker in self._workers:
-                worker.close_input()
-            for worker in reversed(self._workers):
-                worker.stop()
+            self._end_workers()
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _end_workers(self) -> None:
+        """End them all: by the end of their input, else by SIGTERM, else by SIGKILL. Waits for every one."""
+        for worker in self._workers:
+            worker.close_input()
+        deadline = time.monotonic() + GRACE_S
+        busy = [worker for worker in self._workers if not worker.wait(deadline)]
+        for worker in busy:
+            worker.terminate()
+        deadline = time.monotonic() + STOP_S
+        for worker in busy:
+            if not worker.wait(deadline):
+                worker.kill()
+        for worker in self._workers:
+            worker.close_output()
+
+    def cpu_s(self) -> float:
+        """Processor time used so far by the harness and all workers."""
+        own = psutil.Process().cpu_times()
+        return own.user + own.system + sum(worker.cpu_s() for worker in self._workers if worker.is_alive())
 
     def new_folder(self) -> Path:
         self._folders += 1
@@ -171,7 +195,7 @@ def clean_environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """A second Ctrl-C must not stop the cleaning up that the first one caused. Bounded: STOP_S a worker."""
+    """A second Ctrl-C must not stop the cleaning up that the first one caused. It is bounded by GRACE_S and STOP_S."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING_SIGNALS}
     try:
         yield

@@ -11,6 +11,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -22,6 +24,20 @@ def describe_machine(folder: Path) -> dict[str, str | int]:
         "kernel": f"{platform.system()} {platform.release()}",
         "disk": file_system_of(folder),
     }
+
+
+class Bystanders:
+    """How busy the processors were with anything but this run: what spoils a measurement without being seen."""
+
+    def __init__(self, own_cpu_s: float) -> None:
+        self._own_s = own_cpu_s
+        self._busy_s, self._all_s = _processors()
+
+    def share(self, own_cpu_s: float) -> float:
+        """Return the part of all processor time since the start that went to others, between 0 and 1."""
+        busy_s, all_s = _processors()
+        others_s = busy_s - self._busy_s - (own_cpu_s - self._own_s)
+        return max(0.0, others_s / max(all_s - self._all_s, 0.01))
 
 
 def describe_versions() -> dict[str, str]:
@@ -77,6 +93,15 @@ def folder_on_a_disk() -> Path:
     if file_system_of(usual) in {"tmpfs", "ramfs"} and lasting.is_dir():
         return lasting
     return usual
+
+
+def _processors() -> tuple[float, float]:
+    """Seconds that all processors together were busy, and that there were, since boot."""
+    times = psutil.cpu_times()
+    idle_s = times.idle + getattr(times, "iowait", 0.0)
+    # Time of guests is counted in user time already.
+    all_s = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+    return all_s - idle_s, all_s
 
 
 def _cpu_model() -> str:

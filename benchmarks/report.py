@@ -48,7 +48,8 @@ def _occasion(result: Result) -> str:
     rounds = len(result["rounds"])
     return (
         f"{result['date'][:10]}, commit {result['commit']}, {rounds} round{'s' if rounds != 1 else ''}. "
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['kernel']}, {machine['disk']}. {versions}"
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['kernel']}, {machine['disk']}; other processes "
+        f"took {result['bystanders']:.0%} of the processors. {versions}"
     )
 
 

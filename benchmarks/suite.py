@@ -84,6 +84,7 @@ class Suite:
 def run(suite: Suite, *, rounds: int, lab: Lab, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure a suite and return its result, ready to be stored as JSON."""
     present, absent = _start(suite.contenders(), lab, progress)
+    bystanders = machine.Bystanders(lab.cpu_s())
     measured: list[Metrics] = []
     for number in range(rounds):
         metrics: Metrics = {}
@@ -99,6 +100,7 @@ def run(suite: Suite, *, rounds: int, lab: Lab, progress: Callable[[str], None])
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "commit": machine.describe_commit(),
         "machine": machine.describe_machine(lab.folder),
+        "bystanders": bystanders.share(lab.cpu_s()),
         "versions": machine.describe_versions(),
         "absent": absent,
         "columns": [asdict(column) for column in suite.columns],
