@@ -30,7 +30,7 @@ class Limits:
     credit_kib: int = 4 * KIB
     in_doubt_max: int = 256  # ids listed in a resync; more are sent again and recognised as duplicates
 
-    tick_operations_max: int = 128  # group commit: what has arrived, never waiting; half a window, so both ends work
+    tick_operations_max: int = 128  # group commit, never waiting for more; half a window: both ends work
     poll_frames_max: int = 1_024  # drained from the sockets in one tick
     marks_delay_ms: int = 50  # acks already seen are written with the next commit, at the latest after this
 

@@ -35,7 +35,7 @@ from broker_free.frames import Frame
 from broker_free.limits import KIB, Limits
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: that costs 1 µs on every message
 class Queued:
     """One outbox row on its way to one peer."""
 

@@ -137,7 +137,6 @@ def check_message(message: Message, limits: Limits) -> bytes:
 def digest_of(*, sender: str, lane: int, meta: bytes, body: bytes) -> bytes:
     """Return 16 bytes over all that a message is. Stored with the row: SQLite's pages have no checksums."""
     digest = blake2b(digest_size=16, person=b"broker_free\x001")
-    digest.update(b"%s\x00%d\x00%d\x00" % (sender.encode(), lane, len(meta)))
-    digest.update(meta)
+    digest.update(b"%s\x00%d\x00%d\x00%s" % (sender.encode(), lane, len(meta), meta))
     digest.update(body)
     return digest.digest()

@@ -81,6 +81,8 @@ class PeerView:
 class Receipt:
     """A publish that is on disk here. Follow it to the disks of its recipients."""
 
+    __slots__ = ("__weakref__", "_dead", "_followers", "_waiting", "id", "recipients")
+
     def __init__(self, message_id: str) -> None:
         self.id = message_id
         self.recipients: tuple[str, ...] = ()  # node ids it was queued for
@@ -91,17 +93,18 @@ class Receipt:
     async def delivered(self, timeout: float | None = None) -> None:
         """Wait until every recipient holds the message on disk; `timeout` is in seconds.
 
-        Raises TimedOut when that has not happened yet (the message stays queued), and PairingRefused's sibling
-        InvalidInput when a recipient refused it for good.
+        Raises TimedOut when that has not happened yet (the message stays queued), InvalidInput when a recipient
+        refused it for good or its time ran out, NodeClosed when this node ends before it knows.
         """
         try:
             if self._waiting:
                 follower: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 self._followers.append(follower)
-                async with asyncio.timeout(
-                    timeout
-                ):  # not wait_for, which loses a cancellation on Python 3.11
+                if timeout is None:
                     await follower
+                else:  # not wait_for, which loses a cancellation on Python 3.11
+                    async with asyncio.timeout(timeout):
+                        await follower
         except TimeoutError:
             raise TimedOut(
                 f"{len(self._waiting)} of {len(self.recipients)} recipients have not confirmed yet",
@@ -123,6 +126,12 @@ class Receipt:
     def refused_by(self, peer: str, reason: str) -> None:
         self._dead[peer] = reason
         self.acked_by(peer)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell those who wait that this node will not learn of it any more."""
+        for follower in self._followers:
+            _fail(follower, error)
+        self._followers.clear()
 
     def _check(self) -> None:
         if not self._waiting:
@@ -299,12 +308,7 @@ class Node:
         await (
             owner.stop()
         )  # last: the connection that writes empties the write-ahead log when no other is open
-        closed = NodeClosed("the node has been closed")
-        for future in [*self._futures.values()]:
-            if not future.done():
-                future.set_exception(closed)
-        self._futures.clear()
-        self._publishing.clear()
+        self._abandon(NodeClosed("the node has been closed"))
 
     async def __aenter__(self) -> Node:
         await self.start()
@@ -337,7 +341,13 @@ class Node:
             id=message_id or new_id(_utc_ms()), subject=subject, body=body, headers=headers or {}
         )
         meta = check_message(message, self.limits)
-        work = Publish(message=message, meta=meta, recipients=to, ttl_ms=ttl_ms)
+        work = Publish(
+            message=message,
+            meta=meta,
+            recipients=to,
+            ttl_ms=ttl_ms,
+            may_repeat=message_id is not None,
+        )
         receipt = Receipt(message.id)
         self._receipts[message.id] = receipt
         self._publishing[work] = receipt
@@ -480,13 +490,18 @@ class Node:
 
     def _died(self, error: BaseException) -> None:
         """The owner thread has ended by an error. Nothing accepted is lost; nothing more is accepted."""
-        closed = NodeClosed(f"the node has failed: {error}", hint="see its log, then start it again")
-        for future in self._futures.values():
-            if not future.done():
-                future.set_exception(closed)
-                future.exception()
-        self._futures.clear()
+        self._abandon(NodeClosed(f"the node has failed: {error}", hint="see its log, then start it again"))
         self._call([(fn, (error,)) for fn in self._on_failed])
+
+    def _abandon(self, error: NodeClosed) -> None:
+        """Answer everybody who waits, because nothing more will come."""
+        for future in self._futures.values():
+            _fail(future, error)
+            future.exception()  # a caller that was cancelled has nobody left to hear it
+        self._futures.clear()
+        self._publishing.clear()
+        for receipt in self._receipts.values():
+            receipt.fail(error)
 
     # -- durable consumers ----------------------------------------------------------------------------------
 

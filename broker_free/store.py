@@ -158,6 +158,7 @@ _PRAGMAS: Final = (
 
 _INSERT_INBOX: Final = """INSERT INTO inbox
     (row, peer, msg_id, lane, meta, body, digest, state, arrived_ms) VALUES (?,?,?,?,?,?,?,?,?)"""
+_INSERT_MESSAGE: Final = "INSERT INTO message (id, msg_id, meta, body, digest, refs) VALUES (?,?,?,?,?,?)"
 _INSERT_OUTBOX: Final = """INSERT INTO outbox
     (row, peer, msg_id, message, bytes, queued_ms, expires_ms) VALUES (?,?,?,?,?,?,?)"""
 
@@ -199,6 +200,8 @@ class Store:
         self._consumers: list[tuple[int, str]] = []
         self._counts: dict[int, _Count] = {}
         self._settled: list[int] = []
+        self._new_messages: list[tuple[object, ...]] = []  # taken by enqueue, not yet inserted
+        self._new_outbox: list[tuple[object, ...]] = []
         self._born_done: set[int] = set()
         self.has_effect: Callable[[str], object] = lambda subject: (
             False
@@ -257,28 +260,33 @@ class Store:
         self._has_seen = one("SELECT EXISTS (SELECT 1 FROM seen)").fetchone()[0] == 1
         self._counts = {}
         self._settled = []
+        self._forget_queued()
         self._born_done = set()
 
     # -- transactions ---------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         with self._translating():
-            self._txn = self._db.transaction("IMMEDIATE")
-            self._txn.__enter__()
+            self._conn.execute("BEGIN IMMEDIATE")
+            self._txn = self._db.transaction()
+            self._db.push_transaction(self._txn)  # an application's atomic() is a savepoint inside this one
 
     def commit(self) -> None:
         """Make the transaction durable: when this returns, its rows survive a power loss."""
         with self._translating():
+            self.write_queued()
             if self._settled:
                 self._conn.executemany(
-                    f"UPDATE inbox SET state = {DONE}, due_ms = NULL WHERE row = ?",
+                    f"UPDATE inbox SET state = {DONE}, due_ms = NULL WHERE row = ?"
+                    " AND NOT EXISTS (SELECT 1 FROM job WHERE job.row = inbox.row)",
                     [(row,) for row in self._settled],
                 )
                 self._settled = []
             self._born_done.clear()
             faults.reach("before-commit")
-            transaction, self._txn = self._txn, None
-            transaction.__exit__(None, None, None)
+            self._conn.execute("COMMIT")
+            self._txn = None
+            self._db.pop_transaction()  # type: ignore[no-untyped-call]  # the stubs leave its types out
             faults.reach("after-commit")
 
     def rollback(self) -> None:
@@ -286,7 +294,9 @@ class Store:
         transaction, self._txn = self._txn, None
         try:
             if transaction is not None:
-                transaction.__exit__(StoreFailed, StoreFailed("rolled back"), None)
+                self._db.pop_transaction()  # type: ignore[no-untyped-call]  # the stubs leave its types out
+                if self._conn.in_transaction:  # some errors end it by themselves
+                    self._conn.execute("ROLLBACK")
             with self._translating():
                 self._load()
         except (pw.PeeweeException, sqlite3.Error) as error:
@@ -295,6 +305,7 @@ class Store:
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """Undo what the block wrote if it raises, and nothing else."""
+        self.write_queued()
         with self._translating():
             self._conn.execute("SAVEPOINT bf")  # nests: the innermost of a name is meant
         settled = len(self._settled)
@@ -305,6 +316,7 @@ class Store:
                 self._conn.execute("ROLLBACK TO bf")
                 self._conn.execute("RELEASE bf")
             del self._settled[settled:]
+            self._forget_queued()
             self._counts = {}
             if isinstance(error, (sqlite3.OperationalError, pw.OperationalError)) and _is_of_the_disk(
                 str(error)
@@ -312,6 +324,7 @@ class Store:
                 with self._translating():
                     raise  # not the caller's fault: the whole transaction fails
             raise
+        self.write_queued()
         with self._translating():
             self._conn.execute("RELEASE bf")
 
@@ -344,7 +357,31 @@ class Store:
                 continue
             digest = digest_of(sender=sender, lane=lane, meta=meta, body=body)
             parsed.append((id_to_bytes(message.id), meta, digest, message))
-        known = self._known(peer, [one[0] for one in parsed if not isinstance(one, str)])
+        # All are new, nearly always: insert, and look for those that were here only when one was.
+        ids = [one[0] for one in parsed if not isinstance(one, str)]
+        known = self._known(peer, ids) if self._has_seen else {}
+        first = self._next_inbox
+        accepted = self._insert(sender, peer, lane=lane, parsed=parsed, known=known, now_ms=now_ms)
+        if accepted is None:
+            self._next_inbox = first
+            accepted = self._insert(
+                sender, peer, lane=lane, parsed=parsed, known=self._known(peer, ids), now_ms=now_ms
+            )
+            assert accepted is not None, "what is not known can be inserted"
+        return accepted
+
+    def _insert(
+        self,
+        sender: str,
+        peer: int,
+        *,
+        lane: int,
+        parsed: Sequence[tuple[bytes, bytes, bytes, Message] | str],
+        known: dict[bytes, tuple[int, bytes]],
+        now_ms: int,
+    ) -> list[Accepted] | None:
+        """Insert what is not `known`. None, and nothing changed, when one of them was here all the same."""
+        first_row = self._next_inbox
         rows: list[tuple[object, ...]] = []
         jobs: list[tuple[int, int]] = []
         accepted: list[Accepted] = []
@@ -353,26 +390,33 @@ class Store:
                 accepted.append(Accepted(refused=one))
                 continue
             raw_id, meta, digest, message = one
-            first = known.get(raw_id)
-            if first is not None:
-                same = first[1] == digest
+            copy = known.get(raw_id)
+            if copy is not None:
+                same = copy[1] == digest
                 accepted.append(
-                    Accepted(row=first[0]) if same else Accepted(refused="another message has this id")
+                    Accepted(row=copy[0]) if same else Accepted(refused="another message has this id")
                 )
                 continue
             row = self._next_inbox
             self._next_inbox += 1
             known[raw_id] = (row, digest)
-            consumers = [number for number, pattern in self._consumers if matches(pattern, message.subject)]
-            jobs += [(number, row) for number in consumers]
-            state = CLAIMED if consumers else NEW
-            if not consumers and self.has_effect(message.subject):
+            state = NEW
+            for number, pattern in self._consumers:
+                if matches(pattern, message.subject):
+                    jobs.append((number, row))
+                    state = CLAIMED
+            if state == NEW and self.has_effect(message.subject):
                 state = DONE  # its effect runs in this very transaction
                 self._born_done.add(row)
             rows.append((row, peer, raw_id, lane, meta, message.body, digest, state, now_ms))
             accepted.append(Accepted(row=row, envelope=_envelope(row, sender, message)))
         with self._translating():
-            self._conn.executemany(_INSERT_INBOX, rows)
+            try:
+                self._conn.executemany(_INSERT_INBOX, rows)
+            except sqlite3.IntegrityError:
+                self._conn.execute("DELETE FROM inbox WHERE row >= ?", (first_row,))  # those before it are in
+                self._born_done.difference_update(range(first_row, self._next_inbox))
+                return None
             if jobs:
                 self._conn.executemany("INSERT INTO job (consumer, row) VALUES (?, ?)", jobs)
         return accepted
@@ -495,54 +539,53 @@ class Store:
     # -- the outbox -----------------------------------------------------------------------------------------
 
     def enqueue(
-        self, message: Message, meta: bytes, recipients: Sequence[str], *, ttl_ms: int | None, now_ms: int
+        self,
+        message: Message,
+        meta: bytes,
+        recipients: Sequence[str],
+        *,
+        ttl_ms: int | None,
+        now_ms: int,
+        may_repeat: bool = True,
     ) -> list[tuple[str, int]]:
+        raw_id = id_to_bytes(message.id)
+        if may_repeat:
+            recipients = [peer for peer in recipients if not self._has_queued(peer, raw_id)]
         if not recipients:
             return []
         size = len(meta) + len(message.body)
         for peer in recipients:
             self._check_room(peer, size)
-        try:
-            return self._insert_outbox(message, meta, recipients, ttl_ms=ttl_ms, now_ms=now_ms)
-        except sqlite3.IntegrityError:
-            # The caller's own id, used before: queue only for recipients that do not have it yet.
-            raw_id = id_to_bytes(message.id)
-            with self._translating():
-                self._conn.execute("DELETE FROM outbox WHERE message = ?", (self._next_message - 1,))
-                self._conn.execute("DELETE FROM message WHERE id = ?", (self._next_message - 1,))
-                has = {
-                    row[0]
-                    for row in self._conn.execute("SELECT peer FROM outbox WHERE msg_id = ?", (raw_id,))
-                }
-            rest = [peer for peer in recipients if self._peer_id(peer) not in has]
-            return self._insert_outbox(message, meta, rest, ttl_ms=ttl_ms, now_ms=now_ms) if rest else []
-
-    def _insert_outbox(
-        self, message: Message, meta: bytes, recipients: Sequence[str], *, ttl_ms: int | None, now_ms: int
-    ) -> list[tuple[str, int]]:
         number, self._next_message = self._next_message, self._next_message + 1
-        raw_id = id_to_bytes(message.id)
         digest = digest_of(sender=self._me, lane=0, meta=meta, body=message.body)
-        size = len(meta) + len(message.body)
+        self._new_messages.append((number, raw_id, meta, message.body, digest, len(recipients)))
         expires_ms = now_ms + (ttl_ms or self._limits.ttl_ms_default)
-        first = self._next_outbox
-        self._next_outbox += len(recipients)
-        rows = [
-            (first + index, self._peer_id(peer), raw_id, number, size, now_ms, expires_ms)
-            for index, peer in enumerate(recipients)
-        ]
-        try:
-            self._conn.execute(
-                "INSERT INTO message (id, msg_id, meta, body, digest, refs) VALUES (?,?,?,?,?,?)",
-                (number, raw_id, meta, message.body, digest, len(recipients)),
-            )
-            self._conn.executemany(_INSERT_OUTBOX, rows)
-        except sqlite3.IntegrityError:
-            raise
-        except sqlite3.Error as error:
+        queued: list[tuple[str, int]] = []
+        for peer in recipients:
+            row, self._next_outbox = self._next_outbox, self._next_outbox + 1
+            self._new_outbox.append((row, self._peer_id(peer), raw_id, number, size, now_ms, expires_ms))
+            queued.append((peer, row))
+        return queued
+
+    def _has_queued(self, peer: str, raw_id: bytes) -> bool:
+        self.write_queued()
+        with self._translating():
+            found = self._conn.execute(
+                "SELECT 1 FROM outbox WHERE peer = ? AND msg_id = ?", (self._peer_id(peer), raw_id)
+            ).fetchone()
+        return found is not None
+
+    def write_queued(self) -> None:
+        """Insert what `enqueue` has taken. Two statements a tick instead of two a message: each lets go of the GIL."""
+        if self._new_messages:
             with self._translating():
-                raise error
-        return [(peer, first + index) for index, peer in enumerate(recipients)]
+                self._conn.executemany(_INSERT_MESSAGE, self._new_messages)
+                self._conn.executemany(_INSERT_OUTBOX, self._new_outbox)
+            self._forget_queued()
+
+    def _forget_queued(self) -> None:
+        self._new_messages.clear()
+        self._new_outbox.clear()
 
     def _check_room(self, peer: str, size: int) -> None:
         number = self._peer_id(peer)

@@ -8,6 +8,7 @@ orders.>            `>` stands for one or more tokens, and only comes last
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from broker_free.errors import InvalidInput
 
@@ -18,6 +19,7 @@ _SUBJECT = re.compile(rf"{_TOKEN}(?:\.{_TOKEN})*")
 _PATTERN = re.compile(rf"(?:(?:{_TOKEN}|\*)(?:\.(?:{_TOKEN}|\*))*(?:\.>)?|>)")
 
 
+@lru_cache(4_096)  # the same few subjects come again and again; an error is not remembered
 def check_subject(subject: str) -> None:
     """Raise InvalidInput unless `subject` can be published to (no wildcards)."""
     if len(subject) > SUBJECT_CHARS_MAX or not _SUBJECT.fullmatch(subject):

@@ -43,7 +43,7 @@ log = logging.getLogger("broker_free")
 _SUBJECTS_REMEMBERED = 10_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen, like all that is made once a message: it would cost 1 µs
 class Accepted:
     """What became of one record that arrived."""
 
@@ -83,12 +83,23 @@ class Journal(Ledger, Protocol):
         ...
 
     def enqueue(
-        self, message: Message, meta: bytes, recipients: Sequence[str], *, ttl_ms: int | None, now_ms: int
+        self,
+        message: Message,
+        meta: bytes,
+        recipients: Sequence[str],
+        *,
+        ttl_ms: int | None,
+        now_ms: int,
+        may_repeat: bool = True,
     ) -> list[tuple[str, int]]:
         """Store one body and an outbox row for each recipient; return (peer, row) pairs.
 
         A recipient that already has this id is left out: a retry under the caller's own id is no second message.
         """
+        ...
+
+    def write_queued(self) -> None:
+        """Run the inserts of `enqueue`, which may have been put off to run as one."""
         ...
 
     def mark_delivered(self, rows: Sequence[tuple[str, int]], now_ms: int) -> None: ...
@@ -147,7 +158,7 @@ class Tx:
         message = Message(
             id=message_id or new_id(self.now_ms), subject=subject, body=body, headers=headers or {}
         )
-        rows, arrivals = self._tick.queue(message, to, ttl_ms)
+        rows, arrivals = self._tick.queue(message, to, ttl_ms, may_repeat=message_id is not None)
         self.held_back += [peer for peer, _ in rows]
         self.arrivals += arrivals
         return message.id
@@ -161,7 +172,7 @@ class Tx:
         self.callbacks.append(fn)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Publish:
     """A plain publish: it may be on the wire while its own commit runs."""
 
@@ -170,6 +181,7 @@ class Publish:
         Sequence[str] | None
     )  # None: whoever is interested when the transaction runs, offline ones included
     ttl_ms: int | None = None
+    may_repeat: bool = True  # False for an id that was just made: no table holds it yet
     meta: bytes | None = None  # of `message`, if check_message has returned it already
 
 
@@ -377,6 +389,7 @@ class Tick:
             self._write_inputs(inputs, outcome)
             for one in work:
                 self._perform(one, outcome, offered)
+            self._journal.write_queued()  # every constraint is checked before anything leaves
             for peer in offered:
                 sent_early = self._do(peer, self.links[peer].flush()) or sent_early
             self._write_marks()  # after the wire: nobody waits for these, and the peer is already at work
@@ -444,7 +457,9 @@ class Tick:
     def _publish(self, work: Publish, outcome: Outcome, offered: set[str]) -> list[str]:
         """Queue a plain publish and offer it to the links at once. Returns the peers it was queued for."""
         meta = work.meta or check_message(work.message, self._limits)
-        rows, arrivals = self._queue(work.message, meta, work.recipients, work.ttl_ms)
+        rows, arrivals = self._queue(
+            work.message, meta, work.recipients, work.ttl_ms, may_repeat=work.may_repeat
+        )
         for peer, row in rows:
             link = self.links.get(peer)
             if link is not None and link.offer(
@@ -462,13 +477,20 @@ class Tick:
         ]
 
     def queue(
-        self, message: Message, recipients: Sequence[str] | None, ttl_ms: int | None
+        self, message: Message, recipients: Sequence[str] | None, ttl_ms: int | None, *, may_repeat: bool
     ) -> tuple[list[tuple[str, int]], list[Envelope]]:
         """Queue a message from inside a transaction: (peer, outbox row) pairs and what arrived here by it."""
-        return self._queue(message, check_message(message, self._limits), recipients, ttl_ms)
+        meta = check_message(message, self._limits)
+        return self._queue(message, meta, recipients, ttl_ms, may_repeat=may_repeat)
 
     def _queue(
-        self, message: Message, meta: bytes, recipients: Sequence[str] | None, ttl_ms: int | None
+        self,
+        message: Message,
+        meta: bytes,
+        recipients: Sequence[str] | None,
+        ttl_ms: int | None,
+        *,
+        may_repeat: bool,
     ) -> tuple[list[tuple[str, int]], list[Envelope]]:
         if ttl_ms is not None and not 0 < ttl_ms <= self._limits.ttl_ms_max:
             raise InvalidInput(
@@ -484,7 +506,9 @@ class Tick:
                     f"no member {peer!r} in this mesh", hint="pair with it by an invitation first"
                 )
         remote = [peer for peer in dict.fromkeys(recipients) if peer != self.me]
-        rows = self._journal.enqueue(message, meta, remote, ttl_ms=ttl_ms, now_ms=self._utc_ms)
+        rows = self._journal.enqueue(
+            message, meta, remote, ttl_ms=ttl_ms, now_ms=self._utc_ms, may_repeat=may_repeat
+        )
         arrivals: list[Envelope] = []
         if self.me in recipients:
             accepted = self._journal.accept(self.me, 0, [(meta, message.body)], self._utc_ms)

@@ -20,6 +20,7 @@ from broker_free import Node, Tx, faults
 from broker_free.errors import (
     AddressInUse,
     InvalidInput,
+    NodeClosed,
     NodeInUse,
     PairingRefused,
     TimedOut,
@@ -431,5 +432,37 @@ def test_what_the_sockets_turn_away_is_counted(tmp_path: Path) -> None:
                 with pytest.raises(PairingRefused):
                     await c.join(code)
             assert (await a.refused())["unknown-key"] >= 1
+
+    run(main())
+
+
+def test_whoever_waits_for_a_delivery_hears_that_the_node_has_closed(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a:
+            async with Node("b", home=tmp_path / "b") as b:
+                await pair(a, b)
+            receipt = await a.publish("t.x", b"", to=[b.node_id])
+            waiting = asyncio.ensure_future(receipt.delivered())
+            await asyncio.sleep(0)
+        with pytest.raises(NodeClosed):
+            await waiting
+
+    run(main())
+
+
+def test_an_effect_beside_a_durable_consumer_leaves_the_job_to_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        a = Node("a", home=tmp_path / "a")
+        seen = collecting(a, "work.*")
+        async with a, a.subscribe("work.*", durable="w") as jobs:
+            await a.publish("work.do", b"1")
+            job = await anext(jobs)
+            assert len(seen) == 1
+            state = "SELECT state FROM inbox WHERE row = ?"
+            rows = await a.read(lambda db: db.execute_sql(state, (job.envelope.row,)).fetchall())
+            assert rows == [(1,)], "claimed, not done: the job is still open"
+            await job.ack()
+            rows = await a.read(lambda db: db.execute_sql(state, (job.envelope.row,)).fetchall())
+            assert rows == [(2,)]
 
     run(main())
