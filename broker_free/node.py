@@ -61,6 +61,7 @@ _SLOW_MS: Final = 50  # a transactional function that takes longer holds up ever
 _HOUSEKEEPING_MS: Final = 5_000
 _PRUNE_MS: Final = 3_600_000
 _JOIN_TIMEOUT_S: Final = 10.0
+_FIRST_SESSION_S: Final = 3.0
 
 Link = Literal["open", "closed"]
 
@@ -413,7 +414,24 @@ class Node:
         if invitation.server_key == owner.keys.public:
             raise PairingRefused("this code was made by this very node", hint="use it on the other machine")
         member = await owner.join(invitation)
+        await self._linked(member.node_id)
         return self._views[member.node_id]
+
+    async def _linked(self, peer: str) -> None:
+        """Give the first session with a new peer a moment to open, so that what is shown next is true."""
+        is_open = asyncio.Event()
+
+        def look(view: PeerView) -> None:
+            if view.node_id == peer and view.link == "open":
+                is_open.set()
+
+        self._on_peer.append(look)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FIRST_SESSION_S):
+                    await is_open.wait()
+        finally:
+            self._on_peer.remove(look)
 
     # -- between loop and owner -----------------------------------------------------------------------------
 

@@ -56,7 +56,9 @@ def collecting(node: Node, pattern: str = "t.>") -> list[Envelope]:
 def test_an_invitation_makes_both_sides_each_others_peers(tmp_path: Path) -> None:
     async def main() -> None:
         async with Node("a", home=tmp_path / "a") as a, Node("b", home=tmp_path / "b") as b:
-            await pair(a, b)
+            joined = await b.join((await a.invite()).encode())
+            assert (joined.name, joined.state, joined.link) == ("a", "alive", "open")
+            await until(lambda: all(peer.link == "open" for peer in a.peers()))
             assert [(p.name, p.node_id, p.state) for p in a.peers()] == [("b", b.node_id, "alive")]
             assert [(p.name, p.node_id, p.state) for p in b.peers()] == [("a", a.node_id, "alive")]
 
@@ -136,6 +138,7 @@ def test_delivered_means_on_disk_at_the_peer_and_not_before(tmp_path: Path) -> N
                 held.release()
                 receipt = await sending
             await receipt.delivered(5)
+            await until(lambda: len(arrived) == 2)  # told right after the ack has left
             assert [(e.subject, e.body, e.sender) for e in arrived[1:]] == [("t.second", b"body", a.node_id)]
 
     run(main())
@@ -155,6 +158,7 @@ def test_mail_for_a_node_that_is_down_waits_and_arrives_in_order_when_it_is_back
             async with again:
                 for receipt in receipts:
                     await receipt.delivered(20)
+                await until(lambda: len(arrived) == 50)
             assert [int(e.body) for e in arrived] == list(range(50))
 
     run(main())
@@ -175,6 +179,7 @@ def test_a_publish_without_recipients_goes_to_whoever_is_interested_offline_memb
                 await until(lambda: len(a._owner._tick.interests) == 2)  # type: ignore[union-attr]
                 receipt = await a.publish("orders.created", b"1")
                 await receipt.delivered(5)
+                await until(lambda: at_b)
                 assert receipt.recipients == (b.node_id,)
             offline = await a.publish("invoices.sent.eu", b"2")
             assert offline.recipients == (c.node_id,)
