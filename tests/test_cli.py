@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, Zmail
+from zmail import __version__
 from zmail.__main__ import relay_options
 
 VERBS = [
@@ -587,3 +588,8 @@ def test_a_home_with_a_long_path_works_through_a_door_in_the_runtime_folder(zmai
     assert zmail("--as", "alpha", "check", home=long, env={"XDG_RUNTIME_DIR": str(runtime)}).code == 0
     assert [path.suffix for path in runtime.iterdir()] == [".sock"]
     assert zmail("--as", "alpha", "check", home=long, env={"ZMAIL_AUTOSTART": "0"}).code == 0
+
+
+def test_the_version_is_said(zmail: Zmail) -> None:
+    done = zmail("--version")
+    assert (done.code, done.stdout) == (0, f"zmail {__version__}\n")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 from broker_free.errors import BrokerFreeError
+from zmail import __version__
 from zmail.cli import mail, mesh, node
 from zmail.cli.options import HELP, Options, Verbs
 from zmail.errors import exit_code
@@ -23,6 +24,7 @@ EXIT_INTERRUPTED = exit_code("interrupted")
     context_settings=HELP,
     epilog="Options of every command stand before or after it. Its own help: zmail COMMAND -h",
 )
+@click.version_option(__version__, message="zmail %(version)s")
 def app() -> None:
     """Mail between Claude Code sessions, and you.
 
