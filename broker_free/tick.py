@@ -525,11 +525,14 @@ class Tick:
         batch = [envelope for envelope in batch if self.effects_of(envelope.subject)]
         if not batch:
             return
+        done: list[Tx] | None = None
         try:
             done = self._run_effects(batch)
         except StoreFailed:
             raise
         except Exception:  # noqa: BLE001  told below, once it is known whose it is
+            pass
+        if done is None:
             done = [tx for envelope in batch for tx in self._run_alone(envelope)]
         for tx in done:
             self._absorb(tx, outcome)

@@ -1,0 +1,299 @@
+"""Run random fault schedules through the protocol core until one breaks a promise.
+
+    python -m tests.simulate --seeds 20000              plain: crashes, cuts, failing commits, partitions, clocks
+    python -m tests.simulate --seeds 20000 --rollback   and stores that go back in time
+    python -m tests.simulate --seed 4711                one schedule, with a line for all that happens
+    python -m tests.simulate --bug no-dedup             break the code on purpose: how many seeds until it shows?
+
+A schedule is small (two to five nodes, some ten operations, a second or two of simulated time), because a bug that
+needs a long one nearly always shows in a short one too, and short ones are read with less pain. Exit 1: a promise
+was broken; the seed and the invariant are printed, and `--seed` replays it (with the same `--rollback`, `--bug`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+from broker_free import frames
+from broker_free.frames import Frame
+from broker_free.limits import Limits
+from broker_free.link import Action, Link, Queued
+from broker_free.message import Envelope, Message, check_message
+from broker_free.testing import SMALL, Cluster, Faults, SimJournal, Violation
+from broker_free.tick import Accepted, Tick
+
+# Bounds of every kind: a resync that lists one id or all, credit that is always or never used up, packs of one.
+LIMITS = (
+    SMALL,
+    replace(SMALL, in_doubt_max=256),
+    replace(SMALL, in_doubt_max=1, credit_messages=2, pack_messages_max=1),
+    Limits(),
+)
+ROLLBACK = 0.2
+SEEDS_TO_CATCH = 20_000  # the rarest seeded bug needs some thousand
+
+
+def run_seed(
+    seed: int,
+    *,
+    rollback: bool = False,
+    bug: Bug | None = None,
+    trace: Callable[[str], None] | None = None,
+) -> int:
+    """Run one schedule and check it; return the simulated milliseconds that it took to heal."""
+    shape = Random(seed)
+    cluster = Cluster(
+        seed,
+        nodes=shape.choices((2, 3, 5), (50, 40, 10))[0],
+        limits=shape.choice(LIMITS),
+        faults=Faults(rollback=ROLLBACK if rollback else 0.0),
+        tick=bug.tick if bug else Tick,
+        journal=bug.journal if bug else SimJournal,
+        trace=trace,
+    )
+    cluster.chaos(ms=shape.randint(200, 2_000), operations=shape.randint(4, 16))
+    healed_ms = cluster.heal()
+    cluster.check()
+    return healed_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    seed: int
+    what: str
+
+
+def search(start: int, seeds: int, *, rollback: bool = False, bug: Bug | None = None) -> Found | None:
+    """Return the first seed that breaks a promise, or an assertion of the code itself."""
+    with quiet():
+        for seed in range(start, start + seeds):
+            try:
+                run_seed(seed, rollback=rollback, bug=bug)
+            except Violation as violation:
+                return Found(seed, str(violation))
+            except AssertionError as error:
+                return Found(seed, f"assertion: {error}")
+    return None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the log of simulated disasters off the terminal; formatting it is also half the time of a run."""
+    log = logging.getLogger("broker_free")
+    was, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was
+
+
+# Bugs on purpose: each is a rule of the protocol, left out ------------------------------------------------------
+
+
+class _NoDedup(SimJournal):
+    def accept(
+        self, sender: str, lane: int, records: Sequence[tuple[bytes, bytes]], now_ms: int
+    ) -> list[Accepted]:
+        for meta, _ in records:
+            self._delete(self.known, (sender, meta[7:43].decode()))
+        return super().accept(sender, lane, records, now_ms)
+
+
+class _NoRegressionCheck(SimJournal):
+    def lacks(self, peer: str, message_id: str, row: int) -> bool:
+        return False
+
+
+class _IdWithoutRow(SimJournal):
+    def lacks(self, peer: str, message_id: str, row: int) -> bool:
+        return (peer, message_id) not in self.known
+
+
+class _LastAckNotHighest(SimJournal):
+    def note_acked(self, peer: str, message_id: str, row: int) -> None:
+        self._set(self.acked, peer, (message_id, row))
+
+
+class _PrefixResync(SimJournal):
+    """Answer "all up to here" in place of "these"."""
+
+    def held(self, peer: str, ids: Sequence[str]) -> list[tuple[int, int]]:
+        held = super().held(peer, ids)
+        return [(index, held[-1][1]) for index in range(held[-1][0] + 1)] if held else []
+
+
+class _StaleAckLink(Link):
+    def on_frame(self, conn: int, frame: Frame, now_ms: int) -> list[Action]:
+        if frame.kind == frames.ACK and self._session is not None:
+            conn, frame = self._session.conn, replace(frame, session=self._session.id)
+        return super().on_frame(conn, frame, now_ms)
+
+
+class _NoGapCheckLink(Link):
+    def _on_data(self, session: Any, frame: Frame, now_ms: int) -> list[Action]:  # Any: private to link
+        session.expected_seq = frame.seq
+        return super()._on_data(session, frame, now_ms)
+
+
+class _TwoSessionsLink(Link):
+    """Leave a superseded session open, so that its late DATA still counts."""
+
+    def __init__(self, **arguments: Any) -> None:  # Any: Link's own
+        super().__init__(**arguments)
+        self.older: dict[int, Any] = {}
+
+    def on_frame(self, conn: int, frame: Frame, now_ms: int) -> list[Action]:
+        older = self.older.get(frame.session)
+        if frame.kind == frames.DATA and older is not None and frame.seq == older.expected_seq:
+            return self._on_data(older, frame, now_ms)
+        return super().on_frame(conn, frame, now_ms)
+
+    def _end(self, reason: str, now_ms: int, *, say_bye: bool = True, close: bool = True) -> list[Action]:
+        is_left_open = reason == "superseded"
+        if is_left_open and self._session is not None:
+            self.older[self._session.id] = self._session
+        return super()._end(reason, now_ms, say_bye=say_bye, close=close and not is_left_open)
+
+
+class _NewBeforeBacklogLink(Link):
+    def offer(self, queued: Queued) -> bool:
+        if not self._has_room():
+            return False
+        self._stage(queued)
+        return True
+
+
+class _WithLink(Tick):
+    """A Tick whose links are of another type."""
+
+    link: type[Link]
+
+    def add_peer(self, peer: str) -> None:
+        if peer not in self.links and peer != self.me:
+            self.links[peer] = self.link(
+                me=self.me,
+                boot=self._boot,
+                peer=peer,
+                about=self._about,
+                ledger=self._journal,
+                limits=self._limits,
+                random=self._random,
+            )
+
+
+class _StaleAck(_WithLink):
+    link = _StaleAckLink
+
+
+class _NoGapCheck(_WithLink):
+    link = _NoGapCheckLink
+
+
+class _TwoSessions(_WithLink):
+    link = _TwoSessionsLink
+
+
+class _NewBeforeBacklog(_WithLink):
+    link = _NewBeforeBacklogLink
+
+
+class _AckBeforeCommit(Tick):
+    def _write_inputs(self, inputs: Any, outcome: Any) -> None:  # Any: private to tick
+        super()._write_inputs(inputs, outcome)
+        self._acknowledge(inputs)
+
+
+class _EarlyFromInside(Tick):
+    """Let what a transaction publishes leave before its commit, as a plain publish may."""
+
+    def queue(
+        self, message: Message, recipients: Sequence[str] | None, ttl_ms: int | None, *, may_repeat: bool
+    ) -> tuple[list[tuple[str, int]], list[Envelope]]:
+        meta = check_message(message, self._limits)
+        rows, arrivals = self._queue(message, meta, recipients, ttl_ms, may_repeat=may_repeat)
+        for peer, row in rows:
+            link = self.links[peer]
+            if link.offer(Queued(row=row, id=message.id, meta=meta, body=message.body)):
+                self._do(peer, link.flush())
+        return rows, arrivals
+
+
+class _MarksOutliveSession(Tick):
+    def _forget_marks(self, peer: str) -> None:
+        """Keep acks of a lost session and write them later."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bug:
+    name: str
+    needs_rollback: bool = False
+    tick: type[Tick] = Tick
+    journal: type[SimJournal] = SimJournal
+
+
+BUGS = {
+    bug.name: bug
+    for bug in (
+        Bug(name="no-dedup", journal=_NoDedup),
+        Bug(name="stale-ack", tick=_StaleAck),
+        Bug(name="no-gap-check", tick=_NoGapCheck),
+        Bug(name="prefix-resync", journal=_PrefixResync),
+        Bug(name="ack-before-commit", tick=_AckBeforeCommit),
+        Bug(name="two-sessions", tick=_TwoSessions),
+        Bug(name="early-from-inside", tick=_EarlyFromInside),
+        Bug(name="new-before-backlog", tick=_NewBeforeBacklog),
+        Bug(name="no-regression-check", journal=_NoRegressionCheck, needs_rollback=True),
+        Bug(name="id-without-row", journal=_IdWithoutRow, needs_rollback=True),
+        Bug(name="marks-outlive-session", tick=_MarksOutliveSession, needs_rollback=True),
+        Bug(name="last-ack-not-highest", journal=_LastAckNotHighest, needs_rollback=True),
+    )
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="tests.simulate"
+    )
+    parser.add_argument("--seeds", type=int, default=2_000, help="how many schedules (default %(default)s)")
+    parser.add_argument("--start", type=int, default=0, help="the first seed (default %(default)s)")
+    parser.add_argument("--rollback", action="store_true", help="let stores go back in time")
+    parser.add_argument("--seed", type=int, help="run this one, telling all that happens")
+    parser.add_argument("--bug", choices=BUGS, help="leave a rule of the protocol out")
+    asked = parser.parse_args(arguments)
+    bug = BUGS[asked.bug] if asked.bug else None
+    rollback = asked.rollback or (bug is not None and bug.needs_rollback)
+    if asked.seed is not None:
+        return _replay(asked.seed, rollback=rollback, bug=bug)
+    began = time.perf_counter()
+    found = search(asked.start, asked.seeds, rollback=rollback, bug=bug)
+    done = found.seed - asked.start + 1 if found else asked.seeds
+    taken = time.perf_counter() - began
+    print(f"{done} schedules in {taken:.1f} s, {done / taken:.0f} a second")
+    if found is None:
+        return 0
+    options = f"{' --rollback' if asked.rollback else ''}{f' --bug {asked.bug}' if asked.bug else ''}"
+    print(f"seed {found.seed}: {found.what}\nreplay: python -m tests.simulate --seed {found.seed}{options}")
+    return 1
+
+
+def _replay(seed: int, *, rollback: bool, bug: Bug | None) -> int:
+    with quiet():
+        try:
+            healed_ms = run_seed(seed, rollback=rollback, bug=bug, trace=print)
+        except AssertionError as error:
+            print(error)
+            return 1
+    print(f"every promise held; healed after {healed_ms} ms")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""The order of a tick, seen from the wire and from the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+from broker_free import frames
+from broker_free.errors import OutcomeUnknown, UnknownPeer
+from broker_free.frames import Frame
+from broker_free.limits import Limits
+from broker_free.message import Envelope, Message, new_id
+from broker_free.registry import Registry
+from broker_free.testing import SimJournal
+from broker_free.tick import Outcome, Publish, Tick, Transact, Tx
+
+ME, PEER = "m" * 32, "p" * 32
+NOW, UTC = 1_000, 1_700_000_000_000
+CONN = 1
+
+
+class RecordingWire:
+    """Takes every frame, and the commits of a journal, in one list: what came before what."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.frames: list[Frame] = []
+
+    def send(self, conn: int, frame: Frame) -> bool:
+        self.log.append(frames.NAMES[frame.kind])
+        self.frames.append(frame)
+        return True
+
+    def close(self, conn: int) -> None:
+        self.log.append("close")
+
+    def dial(self, peer: str) -> int | None:
+        return CONN
+
+
+class Node:
+    """A tick with one open session to PEER, whose side the test plays."""
+
+    def __init__(self) -> None:
+        self.wire = RecordingWire()
+        self.journal = SimJournal(ME, limits=Limits())
+        self.journal.before_commit = lambda: self.wire.log.append("commit")
+        self.tick = Tick(
+            me=ME,
+            boot=1,
+            about=lambda: {"name": "me", "endpoints": [], "beat": ""},
+            journal=self.journal,
+            wire=self.wire,
+            limits=Limits(),
+            random=Random(1),
+            registry=Registry(ME),
+        )
+
+    def open(self) -> None:
+        self.tick.add_peer(PEER)
+        self.run()
+        self.tick.connected(CONN)
+        (hello,) = self.wire.frames
+        answer = {"node_id": PEER, "boot": 1, "in_doubt": [], "nonce": 5, "have": []}
+        self.session = hello.session
+        self.receive(Frame(kind=frames.HELLO_OK, meta=answer, credit_messages=9, credit_kib=99))
+        self.run()
+        self.wire.log.clear()
+        self.wire.frames.clear()
+
+    def receive(self, frame: Frame) -> None:
+        stamped = Frame(
+            kind=frame.kind,
+            session=self.session,
+            seq=frame.seq,
+            credit_messages=frame.credit_messages,
+            credit_kib=frame.credit_kib,
+            meta=frame.meta,
+            raw_meta=frame.raw_meta,
+            body=frame.body,
+        )
+        self.tick.frame(PEER, CONN, stamped)
+
+    def run(self, *work: Publish | Transact) -> Outcome:
+        self.tick.start(now_ms=NOW, utc_ms=UTC)
+        return self.tick.run(work)
+
+    def deliver(self, seq: int, subject: str, body: bytes = b"") -> str:
+        message_id = new_id(UTC)
+        meta = f'{{"id":"{message_id}","subject":"{subject}"}}'.encode()
+        self.receive(Frame(kind=frames.DATA, seq=seq, raw_meta=meta, body=body))
+        return message_id
+
+
+def node() -> Node:
+    made = Node()
+    made.open()
+    return made
+
+
+def plain(*to: str) -> Publish:
+    return Publish(message=Message(id=new_id(UTC), subject="a.b", body=b"x"), recipients=to)
+
+
+def publishing(*to: str) -> Callable[[Tx], str]:
+    return lambda tx: tx.publish("a.b", b"x", to=to)
+
+
+def test_a_plain_publish_is_on_the_wire_while_its_own_commit_runs() -> None:
+    one = node()
+    one.run(plain(PEER))
+    assert one.wire.log == ["DATA", "commit"]
+
+
+def test_what_a_transaction_publishes_leaves_only_after_its_commit() -> None:
+    one = node()
+    one.run(Transact(fn=publishing(PEER)))
+    assert one.wire.log == ["commit", "DATA"]
+
+
+def test_a_plain_publish_waits_behind_what_a_transaction_published_before_it() -> None:
+    one = node()
+    one.run(Transact(fn=publishing(PEER)), plain(PEER))
+    assert one.wire.log == ["commit", "DATA"]
+    assert len(list(frames.records_of(one.wire.frames[0]))) == 2
+
+
+def test_an_ack_leaves_after_the_commit() -> None:
+    one = node()
+    one.deliver(1, "a.b")
+    one.deliver(2, "a.b")
+    one.run()
+    assert one.wire.log == ["commit", "ACK"]
+    assert (one.wire.frames[0].seq, dict(one.wire.frames[0].meta)) == (2, {"row": 2, "at": 2})
+
+
+def test_a_record_that_is_no_message_is_rejected_before_the_ack_that_covers_it() -> None:
+    one = node()
+    one.receive(Frame(kind=frames.DATA, seq=1, raw_meta=b"{}"))
+    one.deliver(2, "a.b")
+    one.run()
+    assert one.wire.log == ["commit", "REJECT", "ACK"]
+    assert one.wire.frames[0].seq == 1
+
+
+def test_a_commit_that_fails_after_the_wire_was_used_leaves_the_outcome_open_and_ends_the_session() -> None:
+    one = node()
+    one.journal.fail = "commit"
+    work = plain(PEER)
+    outcome = one.run(work)
+    ((failed, error),) = outcome.failures
+    assert failed is work
+    assert isinstance(error, OutcomeUnknown)
+    assert outcome.lost == [(PEER, "commit failed")]
+    assert one.journal.outbox == {}
+
+
+def test_a_commit_that_fails_before_anything_left_is_a_plain_failure_and_acks_nothing() -> None:
+    one = node()
+    one.deliver(1, "a.b")
+    one.journal.fail = "commit"
+    outcome = one.run(Transact(fn=publishing(PEER)))
+    ((_, error),) = outcome.failures
+    assert not isinstance(error, OutcomeUnknown)
+    assert "ACK" not in one.wire.log
+    assert outcome.arrivals == []
+
+
+def test_an_effect_that_raises_keeps_its_message_and_its_neighbours() -> None:
+    one = node()
+    filed: list[str] = []
+
+    def effect(tx: Tx, envelope: Envelope) -> None:
+        if envelope.body == b"poison":
+            raise ValueError("poison")
+        filed.append(envelope.id)
+
+    one.tick.add_effect("a.*", effect)
+    poison = one.deliver(1, "a.b", b"poison")
+    good = one.deliver(2, "a.b")
+    one.run()
+    assert filed[-1] == good
+    assert one.wire.frames[-1].seq == 2, "both are on disk, so both are acked"
+    states = {row.id: row.state for row in one.journal.inbox.values()}
+    assert states == {poison: "new", good: "done"}
+
+
+def test_work_that_raises_does_not_hurt_the_work_beside_it() -> None:
+    one = node()
+
+    def bad(tx: Tx) -> None:
+        tx.publish("a.b", b"", to=[PEER])
+        raise ValueError
+
+    work: list[Any] = [Transact(fn=bad), plain("z" * 32), Transact(fn=publishing(PEER))]
+    outcome = one.run(*work)
+    assert [(failed, type(error)) for failed, error in outcome.failures] == [
+        (work[0], ValueError),
+        (work[1], UnknownPeer),
+    ]
+    assert [done for done, _ in outcome.results] == [work[2]]
+    assert len(one.journal.outbox) == 1
+
+
+def test_a_message_to_this_node_itself_runs_its_effect_in_the_same_transaction() -> None:
+    one = node()
+    seen: list[bytes] = []
+    one.tick.add_effect("a.*", lambda tx, envelope: seen.append(envelope.body))
+    outcome = one.run(Transact(fn=publishing(ME)))
+    assert seen == [b"x"]
+    assert one.wire.log == ["commit"]
+    assert [envelope.sender for envelope in outcome.arrivals] == [ME]
+
+
+def test_acks_seen_ride_on_the_next_commit() -> None:
+    one = node()
+    work = plain(PEER)
+    one.run(work)
+    one.receive(Frame(kind=frames.ACK, seq=1, credit_messages=9, credit_kib=99, meta={"row": 4, "at": 1}))
+    one.wire.log.clear()
+    outcome = one.run()
+    assert outcome.delivered == [(work.message.id, PEER)]
+    assert one.wire.log == [], "nobody waits for the mark: no sync of its own"
+    assert one.tick.next_wake_ms() <= NOW + Limits().marks_delay_ms
+    one.run(Transact(fn=lambda tx: None))
+    assert [row.state for row in one.journal.outbox.values()] == ["delivered"]
