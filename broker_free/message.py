@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -18,6 +19,8 @@ _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _to_json = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":")
 ).encode  # json.dumps would make one a call
+
+_PLAIN = re.compile(rb'\{"id":"([0-9a-f-]{36})","subject":"([\w$/:@+~.-]+)"\}', re.ASCII)
 
 # Ids are unique, not secret. os.urandom at each would be a system call that gives up the interpreter's lock, which a
 # busy loop then gets back only after the owner thread's turn.
@@ -98,6 +101,12 @@ def parse_metadata(raw: bytes, body: bytes, limits: Limits) -> Message:
         raise TooLarge(f"metadata of {len(raw)} bytes; the limit is {limits.metadata_bytes_max}")
     if len(body) > limits.body_bytes_max:
         raise TooLarge(f"a body of {len(body)} bytes; the limit is {limits.body_bytes_max}")
+    plain = _PLAIN.fullmatch(raw)
+    if plain:  # what metadata_of writes when there is nothing but these two: a third of the time of JSON
+        message_id, subject = plain[1].decode(), plain[2].decode()
+        id_to_bytes(message_id)
+        check_subject(subject)
+        return Message(id=message_id, subject=subject, body=body)
     try:
         meta = json.loads(raw.decode())  # from bytes, json would first guess the encoding
     except (ValueError, RecursionError):

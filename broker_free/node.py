@@ -18,7 +18,6 @@ import secrets
 import socket
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,12 +81,12 @@ class PeerView:
 class Receipt:
     """A publish that is on disk here. Follow it to the disks of its recipients."""
 
-    __slots__ = ("__weakref__", "_dead", "_followers", "_waiting", "id", "recipients")
+    __slots__ = ("_dead", "_followers", "_waiting", "id", "recipients")
 
-    def __init__(self, message_id: str) -> None:
+    def __init__(self, message_id: str, recipients: Sequence[str]) -> None:
         self.id = message_id
-        self.recipients: tuple[str, ...] = ()  # node ids it was queued for
-        self._waiting: set[str] = set()
+        self.recipients = tuple(recipients)  # node ids it was queued for
+        self._waiting = set(recipients)
         self._dead: dict[str, str] = {}
         self._followers: list[asyncio.Future[None]] = []
 
@@ -115,30 +114,25 @@ class Receipt:
             peer, reason = next(iter(self._dead.items()))
             raise InvalidInput(f"{peer} refused the message: {reason}")
 
-    def queued_for(self, peers: Sequence[str]) -> None:
-        self.recipients = tuple(peers)
-        self._waiting = set(peers)
-        self._check()
-
-    def acked_by(self, peer: str) -> None:
+    def acked_by(self, peer: str) -> bool:
+        """Take in one recipient's answer. Returns whether it was the last."""
         self._waiting.discard(peer)
-        self._check()
+        if self._waiting:
+            return False
+        for follower in self._followers:
+            _succeed(follower, None)
+        self._followers.clear()
+        return True
 
-    def refused_by(self, peer: str, reason: str) -> None:
+    def refused_by(self, peer: str, reason: str) -> bool:
         self._dead[peer] = reason
-        self.acked_by(peer)
+        return self.acked_by(peer)
 
     def fail(self, error: BaseException) -> None:
         """Tell those who wait that this node will not learn of it any more."""
         for follower in self._followers:
             _fail(follower, error)
         self._followers.clear()
-
-    def _check(self) -> None:
-        if not self._waiting:
-            for follower in self._followers:
-                _succeed(follower, None)
-            self._followers.clear()
 
 
 class Job:
@@ -242,8 +236,7 @@ class Node:
         self._owner: _Owner | None = None
         self._views: dict[str, PeerView] = {}
         self._registry = Registry("")
-        self._receipts: weakref.WeakValueDictionary[str, Receipt] = weakref.WeakValueDictionary()
-        self._publishing: dict[Work, Receipt] = {}
+        self._receipts: dict[str, Receipt] = {}  # not yet answered by all; as many as outboxes hold at most
         self._futures: dict[Work, asyncio.Future[Any]] = {}  # Any: each transact has its own result
         self._subscriptions: list[Subscription] = []
         self._on_delivered: list[Callable[[list[tuple[str, str]]], None]] = []
@@ -349,13 +342,7 @@ class Node:
             ttl_ms=ttl_ms,
             may_repeat=message_id is not None,
         )
-        receipt = Receipt(message.id)
-        self._receipts[message.id] = receipt
-        self._publishing[work] = receipt
-        try:
-            await self._submit(work)
-        finally:
-            self._publishing.pop(work, None)
+        receipt: Receipt = await self._submit(work)
         return receipt
 
     def subscribe(self, pattern: str, *, durable: str) -> Subscription:
@@ -453,18 +440,23 @@ class Node:
     def _take(self, outcome: Outcome) -> None:
         """Take in what a tick has to tell. Runs on the loop, once a tick."""
         for work, result in outcome.results:
-            receipt = self._publishing.pop(work, None)
-            if receipt is not None:
-                receipt.queued_for(result)
-            self._resolve(work, result, None)
+            if isinstance(work, Publish):
+                receipt = Receipt(work.message.id, result)
+                if result:
+                    self._receipts[receipt.id] = receipt
+                self._resolve(work, receipt, None)
+            else:
+                self._resolve(work, result, None)
         for work, error in outcome.failures:
             self._resolve(work, None, error)
         for message_id, peer in outcome.delivered:
-            if (receipt := self._receipts.get(message_id)) is not None:
-                receipt.acked_by(peer)
+            found = self._receipts.get(message_id)
+            if found is not None and found.acked_by(peer):
+                del self._receipts[message_id]
         for message_id, peer, reason in outcome.dead:
-            if (receipt := self._receipts.get(message_id)) is not None:
-                receipt.refused_by(peer, reason)
+            found = self._receipts.get(message_id)
+            if found is not None and found.refused_by(peer, reason):
+                del self._receipts[message_id]
         for subscription in self._subscriptions:
             if any(matches(subscription.pattern, envelope.subject) for envelope in outcome.arrivals):
                 subscription.notify()
@@ -517,9 +509,9 @@ class Node:
             _fail(future, error)
             future.exception()  # a caller that was cancelled has nobody left to hear it
         self._futures.clear()
-        self._publishing.clear()
         for receipt in self._receipts.values():
             receipt.fail(error)
+        self._receipts.clear()
 
     # -- durable consumers ----------------------------------------------------------------------------------
 
