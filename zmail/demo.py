@@ -106,10 +106,10 @@ class Result:
     def as_text(self) -> str:
         lines = [f"{'ok  ' if holds else 'FAIL'} {claim}" for claim, holds in self.tally.checks]
         lines += ["", "The action that was found in a brief:", f"  {self.action}", "", self.roster, ""]
-        lines.append(f"{'from the send until …':<40}{'p50':>10}{'max':>10}   briefs")
+        lines.append(f"{'from the send until …':<54}{'p50':>10}{'max':>10}   briefs")
         for name, values in self._latencies():
             summary = _summary(values)
-            lines.append(f"{name:<40}{summary['p50']:>7.1f} ms{summary['max']:>7.1f} ms{len(values):>9}")
+            lines.append(f"{name:<54}{summary['p50']:>7.1f} ms{summary['max']:>7.1f} ms{len(values):>9}")
         lines += [
             "",
             f"{self.tally.deliveries} sent, {self.tally.deliveries - self.lost} delivered, {self.lost} lost, "
