@@ -38,7 +38,6 @@ LIMITS = (
     Limits(),
 )
 ROLLBACK = 0.2
-SEEDS_TO_CATCH = 20_000  # the rarest seeded bug needs some thousand
 
 
 def run_seed(

@@ -28,6 +28,16 @@ def test_the_layout_is_the_documented_one() -> None:
     ]
 
 
+def test_a_pack_is_one_record_after_another() -> None:
+    frame = frames.data_frame(session=1, seq=2, lane=0, records=[(b"{}", b"abc"), (b'{"a":1}', b"")])
+    assert frames.encode(frame) == [
+        b"BF\x01\x03",
+        b"\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02\0\x01\0\0\0\0\0\0",
+        b"",
+        b'\0\0\0\x02\0\0\0\x03{}abc\0\0\0\x07\0\0\0\0{"a":1}',
+    ]
+
+
 @given(
     kind=st.sampled_from(sorted(set(frames.NAMES) - {frames.DATA})),
     session=st.integers(0, 2**64 - 1),

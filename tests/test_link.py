@@ -11,11 +11,13 @@ from broker_free import frames, link
 from broker_free.frames import Frame
 from broker_free.limits import Limits
 from broker_free.link import Link, Queued
+from broker_free.message import Message, metadata_of
 from broker_free.testing import SimJournal
 
 A, B = "a" * 32, "b" * 32
 LIMITS = Limits(credit_messages=4)
 CONN = 7
+ROW_4 = {"row": 4, "at": 4}
 
 
 def make(me: str, peer: str, *, journal: SimJournal | None = None, boot: int = 1) -> Link:
@@ -54,6 +56,23 @@ def opened(dialler: Link, listener: Link, conn: int = CONN) -> None:
 
 def queued(row: int) -> Queued:
     return Queued(row=row, id=f"{row:08x}-0000-7000-8000-000000000000", meta=b"{}", body=b"x")
+
+
+def queue(journal: SimJournal, peer: str, row: int) -> str:
+    """Commit one message for `peer` to an outbox; its row will be `row` when called in order."""
+    message = Message(id=queued(row).id, subject="a.b", body=b"x")
+    journal.begin()
+    journal.enqueue(message, metadata_of(message), [peer], ttl_ms=None, now_ms=0)
+    journal.commit()
+    return message.id
+
+
+def take(journal: SimJournal, sender: str, *message_ids: str) -> None:
+    """Commit messages to an inbox, from row 1 on."""
+    messages = [Message(id=one, subject="a.b", body=b"x") for one in message_ids]
+    journal.begin()
+    journal.accept(sender, 0, [(metadata_of(one), one.body) for one in messages], 0)
+    journal.commit()
 
 
 def put(dialler: Link, *rows: int) -> list[Frame]:
@@ -199,3 +218,125 @@ def test_redialling_waits_longer_each_time_and_not_at_all_when_there_is_reason_t
 def test_a_malformed_hello_is_refused(meta: dict[str, object]) -> None:
     two = make(B, A)
     assert kinds(two.on_frame(CONN, Frame(kind=frames.HELLO, session=1, meta=meta), 0)) == ["BYE", "Close"]
+
+
+def test_a_resync_asks_by_id_and_learns_exactly_what_the_peer_holds() -> None:
+    mine, theirs = SimJournal(A), SimJournal(B)
+    ids = [queue(mine, B, row) for row in (1, 2, 3)]
+    take(theirs, A, ids[0], ids[2])
+    one, two = make(A, B, journal=mine), make(B, A, journal=theirs)
+    one.dialling(CONN, 0)
+    (hello,) = sent(one.on_connected(CONN, 0))
+    assert hello.meta["in_doubt"] == ids
+    (hello_ok,) = sent(two.on_frame(CONN, hello, 0))
+    assert hello_ok.meta["have"] == [(0, 1), (2, 2)], "what is held is no prefix of what was sent"
+    learned = one.on_frame(CONN, hello_ok, 0)[0]
+    assert learned == link.AckedIds((ids[0], ids[2]), (ids[2], 2))
+
+
+def test_the_listener_asks_too_and_is_answered_by_ready() -> None:
+    mine, theirs = SimJournal(A), SimJournal(B)
+    message_id = queue(theirs, A, 1)
+    take(mine, B, message_id)
+    one, two = make(A, B, journal=mine), make(B, A, journal=theirs)
+    one.dialling(CONN, 0)
+    (hello_ok,) = sent(two.on_frame(CONN, sent(one.on_connected(CONN, 0))[0], 0))
+    (ready,) = sent(one.on_frame(CONN, hello_ok, 0))
+    assert two.on_frame(CONN, ready, 0)[0] == link.AckedIds((message_id,), (message_id, 1))
+
+
+@pytest.mark.parametrize("row_there", [None, 2])
+def test_a_peer_that_lacks_the_last_acked_message_under_its_row_has_gone_back(row_there: int | None) -> None:
+    mine, theirs = SimJournal(A), SimJournal(B)
+    message_id = queue(mine, B, 1)
+    if row_there:
+        take(theirs, A, queued(9).id, message_id)  # it is there, but not under row 1
+    mine.begin()
+    mine.mark_delivered([(B, 1)], 0)
+    mine.note_acked(B, message_id, 1)
+    mine.commit()
+    one, two = make(A, B, journal=mine), make(B, A, journal=theirs)
+    one.dialling(CONN, 0)
+    (hello_ok,) = sent(two.on_frame(CONN, sent(one.on_connected(CONN, 0))[0], 0))
+    assert one.on_frame(CONN, hello_ok, 0)[0] == link.Regressed()
+
+
+def test_a_ready_without_the_nonce_ends_the_session() -> None:
+    one, two = make(A, B), make(B, A)
+    one.dialling(CONN, 0)
+    (hello_ok,) = sent(two.on_frame(CONN, sent(one.on_connected(CONN, 0))[0], 0))
+    replayed = Frame(kind=frames.READY, session=hello_ok.session, meta={"nonce": 1, "have": []})
+    assert kinds(two.on_frame(CONN, replayed, 0)) == ["BYE", "Close", "Lost"]
+
+
+def test_data_before_ready_ends_the_session() -> None:
+    one, two = make(A, B), make(B, A)
+    one.dialling(CONN, 0)
+    (hello_ok,) = sent(two.on_frame(CONN, sent(one.on_connected(CONN, 0))[0], 0))
+    data = frames.data_frame(session=hello_ok.session, seq=1, lane=0, records=[(b"{}", b"")])
+    assert kinds(two.on_frame(CONN, data, 0)) == ["BYE", "Close", "Lost"]
+
+
+def test_only_the_session_of_the_last_hello_carries_data() -> None:
+    one, two = make(A, B), make(B, A)
+    opened(one, two)
+    (late,) = put(one, 1)
+    one.on_closed(CONN, "cut", 0)
+    opened(one, two, conn=8)
+    assert kinds(two.on_frame(CONN, late, 0)) == ["BYE"]
+    assert two.conn == 8
+
+
+def test_an_ack_for_what_was_never_sent_ends_the_session() -> None:
+    one, two = make(A, B), make(B, A)
+    opened(one, two)
+    (data,) = put(one, 1)
+    for seq, at in ((2, 1), (1, 7)):
+        invented = Frame(kind=frames.ACK, session=data.session, seq=seq, meta={"row": 1, "at": at})
+        assert kinds(one.on_frame(CONN, invented, 0)) == ["BYE", "Close", "Lost"]
+        opened(one, two)
+        (data,) = put(one, 1)
+
+
+def test_an_ack_gives_room_for_what_waited() -> None:
+    journal = SimJournal(A)
+    ids = [queue(journal, B, row) for row in range(1, 7)]
+    one, two = make(A, B, journal=journal), make(B, A)
+    one.dialling(CONN, 0)
+    (hello_ok,) = sent(two.on_frame(CONN, sent(one.on_connected(CONN, 0))[0], 0))
+    one.on_frame(CONN, hello_ok, 0)
+    (data,) = sent(one.pump())
+    assert len(list(frames.records_of(data))) == LIMITS.credit_messages
+    assert one.pump() == []
+    ack = Frame(kind=frames.ACK, session=data.session, seq=4, credit_messages=4, credit_kib=1, meta=ROW_4)
+    (acked,) = one.on_frame(CONN, ack, 0)
+    assert isinstance(acked, link.Acked)
+    assert [message_id for _, message_id in acked.rows] == ids[:4]
+    (rest,) = sent(one.pump())
+    assert (rest.seq, len(list(frames.records_of(rest)))) == (5, 2)
+
+
+def test_a_peer_with_no_credit_to_give_is_left_alone() -> None:
+    one, two = make(A, B), make(B, A)
+    opened(one, two)
+    (data,) = put(one, 1)
+    full = Frame(kind=frames.ACK, session=data.session, seq=1, credit_messages=0, meta={"row": 1, "at": 1})
+    one.on_frame(CONN, full, 0)
+    assert not one.offer(queued(2))
+    assert one.pump() == []
+
+
+def test_a_new_row_does_not_overtake_what_waits() -> None:
+    one, two = make(A, B), make(B, A)
+    opened(one, two)
+    one.hold_back()
+    assert not one.offer(queued(2))
+
+
+def test_a_rejected_record_counts_as_settled() -> None:
+    one, two = make(A, B), make(B, A)
+    opened(one, two)
+    (data,) = put(one, 1, 2)
+    (refusal,) = sent(two.reject(session=data.session, seq=2, reason="too large"))
+    assert one.on_frame(CONN, refusal, 0) == [link.Rejected(2, queued(2).id, "too large")]
+    assert one.in_flight == 1

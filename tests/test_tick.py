@@ -225,3 +225,45 @@ def test_acks_seen_ride_on_the_next_commit() -> None:
     assert one.tick.next_wake_ms() <= NOW + Limits().marks_delay_ms
     one.run(Transact(fn=lambda tx: None))
     assert [row.state for row in one.journal.outbox.values()] == ["delivered"]
+
+
+def test_an_ack_whose_session_is_lost_before_it_is_written_is_asked_for_again() -> None:
+    one = node()
+    one.run(plain(PEER))
+    one.receive(Frame(kind=frames.ACK, seq=1, credit_messages=9, credit_kib=99, meta={"row": 4, "at": 1}))
+    one.receive(Frame(kind=frames.BYE))
+    one.run(Transact(fn=lambda tx: None))
+    assert [row.state for row in one.journal.outbox.values()] == ["queued"], "the resync will tell"
+
+
+def test_a_failing_commit_is_not_tried_again_without_pause() -> None:
+    one = node()
+    one.run(plain(PEER))
+    one.receive(Frame(kind=frames.ACK, seq=1, credit_messages=9, credit_kib=99, meta={"row": 4, "at": 1}))
+    one.journal.fail = "commit"
+    one.run(Transact(fn=lambda tx: None))
+    one.wire.log.clear()
+    for _ in range(3):
+        one.run()
+    assert "commit" not in one.wire.log
+
+
+def test_an_ack_names_the_highest_row_it_covers_not_that_of_a_duplicate() -> None:
+    one = node()
+    first = one.deliver(1, "a.b")
+    one.run()
+    one.deliver(2, "a.b")
+    again = f'{{"id":"{first}","subject":"a.b"}}'.encode()
+    one.receive(Frame(kind=frames.DATA, seq=3, raw_meta=again))
+    one.run()
+    ack = one.wire.frames[-1]
+    assert (ack.seq, dict(ack.meta)) == (3, {"row": 2, "at": 2})
+
+
+def test_a_session_that_cannot_take_a_frame_is_over() -> None:
+    one = node()
+    one.wire.send = lambda conn, frame: False  # type: ignore[method-assign]  # a full pipe
+    outcome = one.run(plain(PEER))
+    assert outcome.lost == [(PEER, "could not send")]
+    assert [row.state for row in one.journal.outbox.values()] == ["queued"]
+    assert len(outcome.results) == 1, "it is on disk and will leave with the next session"
