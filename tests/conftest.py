@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import pytest
-
-from zmail.paths import Home
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,13 +122,29 @@ def eventually() -> Callable[..., None]:
 
 
 def stop_node(folder: Path, *, timeout: float = 5) -> None:
-    """Stop the node of a home, if there is one, and wait until it has let go of it."""
-    home = Home.resolve({"ZMAIL_HOME": str(folder)})
-    if not (pid := home.holder()):
-        return
-    os.kill(pid, signal.SIGTERM)
+    """Stop every node process of a home and wait until it has gone.
+
+    There may be more than the one that holds it: one that is still starting takes the home over from it.
+    """
     deadline = time.monotonic() + timeout
-    while home.holder():
-        if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
+    asked: set[int] = set()
+    while nodes := node_processes(folder):
+        for node in nodes:
+            with contextlib.suppress(psutil.Error):  # it has just ended by itself
+                if time.monotonic() > deadline:
+                    node.kill()
+                elif node.pid not in asked:
+                    node.terminate()
+                    asked.add(node.pid)
         time.sleep(0.01)
+
+
+def node_processes(folder: Path) -> list[psutil.Process]:
+    """Find the node processes of a home by their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            is_alive = process.status() != psutil.STATUS_ZOMBIE
+            if is_alive and process.environ().get("ZMAIL_HOME") == str(folder) and "run" in process.cmdline():
+                found.append(process)
+    return found
