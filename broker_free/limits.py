@@ -21,7 +21,6 @@ class Limits:
     outbox_bytes_max: int = 256 * MIB  # for each peer
     recipients_max: int = 1_000  # of one publish
     peers_max: int = 1_024
-    sessions_max: int = 256
     interest_patterns_max: int = 1_000
     ttl_ms_default: int = 7 * DAY_MS
     ttl_ms_max: int = 14 * DAY_MS
@@ -46,6 +45,5 @@ class Limits:
     down_after_ms: int = 15_000
     lag_stretch_max: int = 8  # a node that was itself suspended stretches its time-outs up to this
 
-    free_disk_bytes_floor: int = 256 * MIB
     retained_ms: int = DAY_MS  # delivered messages kept for a peer whose store goes back in time
     retained_messages: int = 10_000

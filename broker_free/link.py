@@ -170,7 +170,6 @@ class _Session:
     next_seq: int = 1
     cursor: int = 0  # outbox row sent last
     expected_seq: int = 1
-    committed_seq: int = 0
     bytes_in_flight: int = 0
     ping_deadline_ms: int | None = None
 
@@ -516,7 +515,6 @@ class Link:
         current = self._session
         if current is None or current.id != session:
             return []  # the session has ended; the next one's resync tells
-        current.committed_seq = seq
         ack = Frame(
             kind=frames.ACK,
             session=session,

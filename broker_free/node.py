@@ -612,6 +612,11 @@ class _Owner:
         self._queue.append(work)
         self._transport.wake()
 
+    def _later(self, fn: Callable[[_Owner], object]) -> None:
+        """Have the owner thread run `fn(owner)` between transactions; nobody waits for it."""
+        self._queue.append(_Question(fn, self._loop.create_future()))
+        self._transport.wake()
+
     async def ask(self, fn: Callable[[_Owner], T]) -> T:
         """Run `fn(owner)` in the owner thread, between transactions."""
         future: asyncio.Future[T] = self._loop.create_future()
@@ -676,9 +681,7 @@ class _Owner:
         self._tell(_succeed, self._started, None)
         try:
             self._loop_until_stopped()
-        except (
-            BaseException
-        ) as error:  # the edge of the loop that must survive, and the last that can say why
+        except BaseException as error:  # the last that can say why
             log.exception("the node has failed")
             self._tell(self._node._died, error)
         finally:
@@ -1033,7 +1036,6 @@ class _Owner:
             self._refuse_join(conn, "this invitation has been used or is over")
             return
         member = replace(member, node_id=node_id, public_key=public_key)
-        del self._invited[one_time_key]
         self._queue.append(Transact(fn=self._accept_join, args=(conn, one_time_key, member)))
 
     def _accept_join(self, tx: Tx, conn: int, one_time_key: bytes, member: Member) -> None:
@@ -1042,17 +1044,16 @@ class _Owner:
             self._refuse_join(conn, "this invitation has been used or is over")
             return
         self._store.save_member(member, tx.now_ms)
+        tx.after_commit(lambda: self._later(lambda owner: owner._welcome(conn, one_time_key, member)))
+
+    def _welcome(self, conn: int, one_time_key: bytes, member: Member) -> None:
+        """A member that joined is on disk: let it in and answer."""
+        self._invited.pop(one_time_key, None)
         self._admit_member(member)
-        self._tick.links[member.node_id].dial_failed(
-            _mono_ms()
-        )  # it does not know us before the answer: it dials
-        answer = Frame(
-            kind=frames.JOIN_OK, meta={"node_id": self._node.node_id, "about": self._about(), "members": []}
-        )
-        tx.after_commit(
-            lambda: self._queue.append(_Question(lambda _: self.send(conn, answer), _nobody(self._loop)))
-        )
-        tx.after_commit(self._transport.wake)
+        # It does not know us before the answer, so it is the one to dial.
+        self._tick.links[member.node_id].dial_failed(_mono_ms())
+        about = {"node_id": self._node.node_id, "about": self._about(), "members": []}
+        self.send(conn, Frame(kind=frames.JOIN_OK, meta=about))
         log.info("member joined", extra={"peer": member.node_id, "peer_name": member.name})
 
     def _refuse_join(self, conn: int, reason: str) -> None:
@@ -1080,10 +1081,15 @@ class _Owner:
 
         def save(tx: Tx) -> None:
             self._store.save_member(member, tx.now_ms)
-            self._admit_member(member)
-            tx.after_commit(lambda: _succeed(future, member))
+            tx.after_commit(lambda: self._later(lambda owner: owner._joined(member, future)))
 
         self._queue.append(Transact(fn=save))
+
+    def _joined(self, member: Member, future: asyncio.Future[Member]) -> None:
+        """The inviter is on disk here: it counts as a member from now on."""
+        self._admit_member(member)
+        self._tell_views()
+        self._tell(_succeed, future, member)
 
 
 def _member_from(about: object, *, node_id: str, public_key: bytes) -> Member | None:
@@ -1174,10 +1180,6 @@ def _succeed(future: asyncio.Future[T], result: T) -> None:
 def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
     if not future.done():
         future.set_exception(error)
-
-
-def _nobody(loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
-    return loop.create_future()
 
 
 def _utc_ms() -> int:

@@ -30,10 +30,6 @@ class Presence:
         """Any frame or beat of a peer is a sign of life."""
         self._heard_ms[peer] = now_ms
 
-    def forget(self, peer: str) -> None:
-        self._heard_ms.pop(peer, None)
-        self._states.pop(peer, None)
-
     def lagged(self, lag_ms: int, now_ms: int) -> None:
         """This node's own loop was late by `lag_ms`."""
         if lag_ms >= _LAG_MS:

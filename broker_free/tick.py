@@ -177,9 +177,8 @@ class Publish:
     """A plain publish: it may be on the wire while its own commit runs."""
 
     message: Message
-    recipients: (
-        Sequence[str] | None
-    )  # None: whoever is interested when the transaction runs, offline ones included
+    # None: whoever is interested when the transaction runs, offline ones included
+    recipients: Sequence[str] | None
     ttl_ms: int | None = None
     may_repeat: bool = True  # False for an id that was just made: no table holds it yet
     meta: bytes | None = None  # of `message`, if check_message has returned it already
