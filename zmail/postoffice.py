@@ -21,7 +21,7 @@ from functools import partial
 from broker_free import Node, Tx
 from broker_free.errors import InvalidInput, TimedOut, TooLarge
 from broker_free.message import Envelope, new_id
-from broker_free.node import PeerView
+from broker_free.owner import PeerView
 from zmail import __version__, address, arguments, brief, filing, leases, receipts, times, views, wire
 from zmail.arguments import Args
 from zmail.brief import Draft
