@@ -471,9 +471,8 @@ class Owner:
         peer = beat.get("node_id") if isinstance(beat, dict) else None
         if isinstance(peer, str) and peer in self._members:
             self._heard(peer, now_ms)
-            link = self._tick.links[peer]
-            if not link.is_open:
-                link.redial_now()  # it is there: no reason to wait out the back-off
+            if not self._tick.links[peer].is_open:
+                self._tick.redial_now(peer)  # it is there: no reason to wait out the back-off
 
     def _heard(self, peer: str, now_ms: int) -> None:
         was_alive = self._presence.state(peer) == "alive"

@@ -918,6 +918,7 @@ class SimNode:
         if self.tick is not None:
             try:
                 self.tick.ping(peer)
+                self.wake(0)
             except Crashed:
                 self.crash()
 
@@ -1396,7 +1397,8 @@ class Cluster:
             for peer, reason in outcome.lost:
                 self._say(f"{node.name} lost its session with {peer}: {reason}")
             for work, error in outcome.failures:
-                self._say(f"{node.name} failed {work}: {error}")
+                what = f"publish {work.message.id[-4:]}" if isinstance(work, Publish) else "transact"
+                self._say(f"{node.name} could not {what}: {error}")
 
     def _lost(self, node: SimNode, work: Sequence[Work]) -> None:
         self._unsure += [(node, one) for one in work if isinstance(one, Publish)]
@@ -1413,7 +1415,7 @@ class Cluster:
                     and self.nodes[peer].is_up
                     and not self._network.is_parted(node.name, peer)
                 ):
-                    link.redial_now()
+                    node.tick.redial_now(peer)
                     node.wake(self._below(200))
                 elif self.random.random() < 0.05:
                     node.ping(peer)

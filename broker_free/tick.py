@@ -18,6 +18,7 @@ The store and the wire are Protocols: SQLite and ZeroMQ in a node, dictionaries 
 
 from __future__ import annotations
 
+import heapq
 import inspect
 import json
 import logging
@@ -41,6 +42,7 @@ from broker_free.subject import check_pattern, matches
 log = logging.getLogger("broker_free")
 
 _SUBJECTS_REMEMBERED = 10_000
+_WAKE_MS_MAX = 60_000
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen, like all that is made once a message: it would cost 1 µs
@@ -247,6 +249,8 @@ class _Inputs:
 class Tick:
     """The engine of a node: its links, its effects, and the order in which things happen."""
 
+    link_type: type[Link] = Link  # the simulator leaves rules out here, one at a time
+
     def __init__(
         self,
         *,
@@ -273,6 +277,17 @@ class Tick:
         self._effects: list[tuple[str, Effect]] = []
         self._effects_by_subject: dict[str, tuple[Effect, ...]] = {}
         self._dialled: dict[int, str] = {}  # connections opened here -> peer
+        # A tick visits only links with something to do: those that were touched since the last one, and those whose
+        # time has come. Whoever calls a link that may then have to act stirs it; `_do` does.
+        self._stirred: set[str] = set()
+        self._places = 0
+        self._place: dict[str, int] = {}  # of each peer: the order in which links are visited
+        self._alarms: list[
+            tuple[int, int, str]
+        ] = []  # heap of (monotonic time, place, peer), stale ones included
+        self._alarm_ms: dict[
+            str, int
+        ] = {}  # of each peer: the one alarm that counts, never later than it must be
         self._marks: list[tuple[str, int]] = []  # acks seen, not yet written: they ride on the next commit
         self._marks_last: dict[str, tuple[str, int]] = {}
         self._marks_due_ms: int | None = None
@@ -299,7 +314,7 @@ class Tick:
     def add_peer(self, peer: str) -> None:
         if peer in self.links or peer == self.me:
             return
-        self.links[peer] = Link(
+        self.links[peer] = self.link_type(
             me=self.me,
             boot=self._boot,
             peer=peer,
@@ -308,6 +323,14 @@ class Tick:
             limits=self._limits,
             random=self._random,
         )
+        self._places += 1
+        self._place[peer] = self._places
+        self._stirred.add(peer)
+
+    def redial_now(self, peer: str) -> None:
+        """Dial at the next tick, without waiting any longer: there is reason to believe that the peer is there."""
+        self._stirred.add(peer)
+        self.links[peer].redial_now()
 
     def ping(self, peer: str) -> None:
         link = self.links.get(peer)
@@ -319,6 +342,9 @@ class Tick:
         if link:
             self._do(peer, link.drop("removed", self._now_ms))
             del self.links[peer]
+            del self._place[peer]
+            self._stirred.discard(peer)
+            self._alarm_ms.pop(peer, None)
             self.interests.pop(peer, None)
 
     def peer_of(self, conn: int) -> str:
@@ -352,24 +378,57 @@ class Tick:
 
     def run(self, work: Sequence[Work]) -> Outcome:
         """Finish the tick: one transaction if there is anything to write, then its consequences."""
-        for peer, link in self.links.items():
-            self._do(peer, link.on_tick(self._now_ms))
+        self._stir_due()
+        for peer in self._to_visit():
+            self._do(peer, self.links[peer].on_tick(self._now_ms))
         if work or self._inputs or self._marks_are_due() or self._journal.has_due(self._utc_ms):
             self._transaction(work)
-        for peer, link in self.links.items():
-            self._do(peer, link.pump())
-        for peer, link in self.links.items():
-            if link.wants_dial(self._now_ms):
-                self._dial(peer, link)
+        if self._stirred:
+            self._follow_up()
         outcome, self._outcome = self._outcome, Outcome()
         return outcome
 
+    def _follow_up(self) -> None:
+        visited = self._to_visit()
+        for peer in visited:
+            self._do(peer, self.links[peer].pump())
+        for peer in visited:
+            link = self.links[peer]
+            if link.wants_dial(self._now_ms):
+                self._dial(peer, link)
+        for peer in visited:
+            self._set_alarm(peer, self.links[peer].next_wake_ms(self._now_ms))
+        self._stirred.clear()
+
+    def _to_visit(self) -> list[str]:
+        """Return the peers of the stirred links in the order in which they were added."""
+        if len(self._stirred) < 2:
+            return list(self._stirred)
+        return sorted(self._stirred, key=self._place.__getitem__)
+
+    def _set_alarm(self, peer: str, at_ms: int) -> None:
+        """Visit a link at `at_ms`. An earlier alarm stays: setting it anew with each frame would cost more."""
+        if at_ms < self._alarm_ms.get(peer, at_ms + 1):
+            self._alarm_ms[peer] = at_ms
+            heapq.heappush(self._alarms, (at_ms, self._place[peer], peer))
+
+    def _stir_due(self) -> None:
+        alarms = self._alarms
+        while alarms and alarms[0][0] <= self._now_ms:
+            at_ms, _, peer = heapq.heappop(alarms)
+            if self._alarm_ms.get(peer) == at_ms:
+                del self._alarm_ms[peer]
+                self._stirred.add(peer)
+
     def next_wake_ms(self) -> int:
         """Return the monotonic time at which `run` has something to do though nothing arrives."""
-        times = [link.next_wake_ms(self._now_ms) for link in self.links.values()]
-        if self._marks_due_ms is not None:
-            times.append(self._marks_due_ms)
-        return min(times, default=self._now_ms + 60_000)
+        if self._stirred:
+            return self._now_ms
+        alarms = self._alarms
+        while alarms and self._alarm_ms.get(alarms[0][2]) != alarms[0][0]:
+            heapq.heappop(alarms)
+        wake_ms = alarms[0][0] if alarms else self._now_ms + _WAKE_MS_MAX
+        return wake_ms if self._marks_due_ms is None else min(wake_ms, self._marks_due_ms)
 
     def close(self) -> None:
         """Write what is pending and say goodbye, so that peers dial again at once when this node is back."""
@@ -461,9 +520,10 @@ class Tick:
         )
         for peer, row in rows:
             link = self.links.get(peer)
-            if link is not None and link.offer(
-                Queued(row=row, id=work.message.id, meta=meta, body=work.message.body)
-            ):
+            if link is None:
+                continue
+            self._stirred.add(peer)
+            if link.offer(Queued(row=row, id=work.message.id, meta=meta, body=work.message.body)):
                 offered.add(peer)
         self._apply_effects(arrivals, outcome)
         return [peer for peer, _ in rows]
@@ -578,6 +638,7 @@ class Tick:
         for peer in tx.held_back:
             link = self.links.get(peer)
             if link is not None:
+                self._stirred.add(peer)
                 link.hold_back()
         outcome.entries += tx.entries
         outcome.callbacks += tx.callbacks
@@ -630,6 +691,7 @@ class Tick:
 
     def _do(self, peer: str, actions: Iterable[links.Action]) -> bool:
         """Carry out a link's actions in order. Returns whether any frame left."""
+        self._stirred.add(peer)
         has_sent = False
         for action in actions:
             match action:

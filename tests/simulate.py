@@ -170,38 +170,20 @@ class _NewBeforeBacklogLink(Link):
         return True
 
 
-class _WithLink(Tick):
-    """A Tick whose links are of another type."""
-
-    link: type[Link]
-
-    def add_peer(self, peer: str) -> None:
-        if peer not in self.links and peer != self.me:
-            self.links[peer] = self.link(
-                me=self.me,
-                boot=self._boot,
-                peer=peer,
-                about=self._about,
-                ledger=self._journal,
-                limits=self._limits,
-                random=self._random,
-            )
+class _StaleAck(Tick):
+    link_type = _StaleAckLink
 
 
-class _StaleAck(_WithLink):
-    link = _StaleAckLink
+class _NoGapCheck(Tick):
+    link_type = _NoGapCheckLink
 
 
-class _NoGapCheck(_WithLink):
-    link = _NoGapCheckLink
+class _TwoSessions(Tick):
+    link_type = _TwoSessionsLink
 
 
-class _TwoSessions(_WithLink):
-    link = _TwoSessionsLink
-
-
-class _NewBeforeBacklog(_WithLink):
-    link = _NewBeforeBacklogLink
+class _NewBeforeBacklog(Tick):
+    link_type = _NewBeforeBacklogLink
 
 
 class _AckBeforeCommit(Tick):

@@ -5,14 +5,14 @@ More, and one seed with all that happens in it: `python -m tests.simulate --help
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 
 from broker_free.message import Envelope
 from broker_free.testing import SMALL, Cluster, Violation
-from broker_free.tick import Tx
+from broker_free.tick import Outcome, Tick, Tx, Work
 from tests.simulate import BUGS, Bug, quiet, run_seed, search
 
 AS_IT_IS = Bug(name="none")
@@ -54,6 +54,23 @@ def test_a_seed_replays_the_same_schedule() -> None:
         run_seed(4711, trace=trace.append)
     assert first == second
     assert len(first) > 20
+
+
+class EveryLink(Tick):
+    """Visit every link at every tick."""
+
+    def run(self, work: Sequence[Work]) -> Outcome:
+        for peer in self.links:
+            self._stirred.add(peer)
+        return super().run(work)
+
+
+def test_a_tick_that_visits_only_links_with_something_to_do_does_what_visiting_all_would() -> None:
+    for seed in range(100):
+        traces: list[list[str]] = [[], []]
+        for bug, trace in zip((AS_IT_IS, replace(AS_IT_IS, tick=EveryLink)), traces, strict=True):
+            run_seed(seed, rollback=seed % 2 == 0, bug=bug, trace=trace.append)
+        assert traces[0] == traces[1], seed
 
 
 # Schedules that chance finds too rarely, told step by step ----------------------------------------------------

@@ -10,6 +10,7 @@ from broker_free import frames
 from broker_free.errors import OutcomeUnknown, UnknownPeer
 from broker_free.frames import Frame
 from broker_free.limits import Limits
+from broker_free.link import Action, Link
 from broker_free.message import Envelope, Message, new_id
 from broker_free.registry import Registry
 from broker_free.testing import SimJournal
@@ -267,3 +268,56 @@ def test_a_session_that_cannot_take_a_frame_is_over() -> None:
     assert outcome.lost == [(PEER, "could not send")]
     assert [row.state for row in one.journal.outbox.values()] == ["queued"]
     assert len(outcome.results) == 1, "it is on disk and will leave with the next session"
+
+
+def test_an_idle_tick_visits_no_link_and_the_right_one_wakes_when_its_time_has_come() -> None:
+    visits: list[str] = []
+
+    class Watched(Link):
+        def on_tick(self, now_ms: int) -> list[Action]:
+            visits.append(self.peer)
+            return super().on_tick(now_ms)
+
+        def pump(self) -> list[Action]:
+            visits.append(self.peer)
+            return super().pump()
+
+    class WatchedTick(Tick):
+        link_type = Watched
+
+    class Deaf(RecordingWire):
+        def dial(self, peer: str) -> int | None:
+            return None
+
+    limits = Limits(redial_ms_min=1 << 20, redial_ms_max=1 << 20)
+    tick = WatchedTick(
+        me=ME,
+        boot=1,
+        about=dict,
+        journal=SimJournal(ME, limits=limits),
+        wire=Deaf(),
+        limits=limits,
+        random=Random(1),
+        registry=Registry(ME),
+    )
+    peers = [f"p{number}" for number in range(63)]
+    for peer in peers:
+        tick.add_peer(peer)
+
+    def run(now_ms: int) -> list[str]:
+        visits.clear()
+        tick.start(now_ms=now_ms, utc_ms=UTC)
+        tick.run(())
+        return visits
+
+    assert list(dict.fromkeys(run(NOW))) == peers
+    due = {peer: link.next_wake_ms(NOW) for peer, link in tick.links.items()}
+    first, second = sorted(due, key=due.__getitem__)[:2]
+    assert tick.next_wake_ms() == due[first]
+    assert run(due[first] - 1) == []
+    assert set(run(due[first])) == {first}
+    assert tick.next_wake_ms() == min(due[second], tick.links[first].next_wake_ms(due[first]))
+    tick.redial_now("p7")
+    tick.remove_peer(second)
+    assert set(run(due[first] + 1)) == {"p7"}
+    assert second not in run(1 << 30)
