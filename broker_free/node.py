@@ -19,15 +19,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from broker_free.clock import utc_ms
 from broker_free.errors import (
     InvalidInput,
     NodeClosed,
     PairingRefused,
     TimedOut,
 )
+from broker_free.futures import fail, succeed
 from broker_free.limits import Limits
 from broker_free.message import Envelope, Message, check_message, new_id
-from broker_free.owner import Owner, PeerView, fail, succeed, utc_ms
+from broker_free.owner import Owner, PeerView
 from broker_free.registry import Entry, Registry
 from broker_free.security import Invitation
 from broker_free.store import Reader
@@ -344,7 +346,8 @@ class Node:
 
     async def refused(self) -> dict[str, int]:
         """Count what the sockets have turned away since the start, by reason."""
-        return await self._running().ask(lambda owner: owner.refused())
+        owner = self._running()
+        return await owner.ask(owner.refused)
 
     async def invite(self, *, ttl_ms: int = 900_000, address: str | None = None) -> Invitation:
         """Make a one-time invitation. `address` (HOST:PORT) replaces the addresses found by themselves."""
@@ -354,12 +357,12 @@ class Node:
         keys = new_keypair()
         expires_ms = utc_ms() + ttl_ms
         invitation = Invitation(
-            endpoints=tuple([_endpoint_of(address)] if address else owner.reachable_at()),
+            endpoints=tuple([_endpoint_of(address)] if address else owner.mesh.reachable_at()),
             server_key=owner.keys.public,
             secret=keys.secret,
             expires_ms=expires_ms,
         )
-        await self.transact(owner.save_invitation, keys.public, expires_ms)
+        await self.transact(owner.mesh.save_invitation, keys.public, expires_ms)
         log.info("invitation made", extra={"expires_ms": expires_ms})
         return invitation
 
@@ -369,7 +372,7 @@ class Node:
         invitation = Invitation.decode(code)
         if invitation.server_key == owner.keys.public:
             raise PairingRefused("this code was made by this very node", hint="use it on the other machine")
-        member = await owner.join(invitation)
+        member = await owner.mesh.join(invitation)
         await self._linked(member.node_id)
         return self._views[member.node_id]
 
@@ -494,7 +497,8 @@ class Node:
         self._subscriptions.remove(subscription)
 
     async def _fetch_jobs(self, consumer: int, leased: set[int]) -> list[tuple[Envelope, int]]:
-        return await self._running().ask(lambda owner: owner.fetch_jobs(consumer, leased))
+        owner = self._running()
+        return await owner.ask(lambda: owner.fetch_jobs(consumer, leased))
 
     async def _settle_job(self, consumer: int, row: int) -> None:
         await self.transact(self._running().settle_job, consumer, row)

@@ -36,6 +36,7 @@ from broker_free import faults
 from broker_free.errors import DiskLow, InvalidInput, OutboxFull, StoreFailed, UnsuitableHome
 from broker_free.limits import MIB, Limits
 from broker_free.link import Queued
+from broker_free.membership import Member
 from broker_free.message import (
     Envelope,
     Message,
@@ -161,19 +162,6 @@ _INSERT_INBOX: Final = """INSERT INTO inbox
 _INSERT_MESSAGE: Final = "INSERT INTO message (id, msg_id, meta, body, digest, refs) VALUES (?,?,?,?,?,?)"
 _INSERT_OUTBOX: Final = """INSERT INTO outbox
     (row, peer, msg_id, message, bytes, queued_ms, expires_ms) VALUES (?,?,?,?,?,?,?)"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    """A peer as the mesh knows it."""
-
-    node_id: str
-    name: str
-    public_key: bytes
-    endpoints: tuple[str, ...]
-    beat_endpoint: str = ""
-    interests: tuple[str, ...] = ()
-    seen_ms: int = 0
 
 
 @dataclass(slots=True)

@@ -17,9 +17,10 @@ import pytest
 from broker_free import store as stores
 from broker_free.limits import Limits
 from broker_free.link import Queued
+from broker_free.membership import Member
 from broker_free.message import Envelope, Message
 from broker_free.registry import Entry
-from broker_free.store import INBOX_DEAD, OUTBOX_STATES, Member, Store
+from broker_free.store import INBOX_DEAD, OUTBOX_STATES, Store
 from broker_free.testing import SMALL, Cluster, Crashed, Faults, Image, SimJournal
 from broker_free.tick import Accepted
 from tests.simulate import quiet

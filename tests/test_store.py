@@ -13,8 +13,9 @@ import pytest
 
 from broker_free.errors import InvalidInput, OutboxFull, StoreFailed, UnsuitableHome
 from broker_free.limits import DAY_MS, Limits
+from broker_free.membership import Member
 from broker_free.message import Message, id_to_bytes, metadata_of, new_id
-from broker_free.store import Member, Reader, Store
+from broker_free.store import Reader, Store
 
 NOW = 1_700_000_000_000
 PEER, OTHER = "p" * 32, "q" * 32
