@@ -14,18 +14,20 @@ if TYPE_CHECKING:
     from broker_free.limits import Limits as Limits
     from broker_free.node import Node as Node
     from broker_free.node import Receipt as Receipt
+    from broker_free.schema import Migrations as Migrations
     from broker_free.tick import Tx as Tx
 
 _HOME = {
     "BrokerFreeError": "errors",
     "DoorClient": "client",
     "Limits": "limits",
+    "Migrations": "schema",
     "Node": "node",
     "Receipt": "node",
     "Tx": "tick",
 }
 
-__all__ = ["BrokerFreeError", "DoorClient", "Limits", "Node", "Receipt", "Tx"]
+__all__ = ["BrokerFreeError", "DoorClient", "Limits", "Migrations", "Node", "Receipt", "Tx"]
 
 
 def __getattr__(name: str) -> Any:  # the type depends on the name asked for

@@ -31,6 +31,7 @@ from broker_free.limits import Limits
 from broker_free.message import Envelope, Message, check_message, new_id
 from broker_free.owner import Owner, PeerView
 from broker_free.registry import Entry, Registry
+from broker_free.schema import Migrations
 from broker_free.security import Invitation
 from broker_free.store import Reader
 from broker_free.subject import check_pattern, matches
@@ -194,7 +195,9 @@ class Node:
         listen: str = "tcp://127.0.0.1:0",
         limits: Limits | None = None,
         models: Sequence[type[peewee.Model]] = (),
+        migrations: Migrations | None = None,
     ) -> None:
+        """`models` are an application's tables in this node's store, `migrations` how they came to be so."""
         self.name = name
         self.home = Path(home)
         self.node_id = ""
@@ -203,6 +206,7 @@ class Node:
         self.limits = limits or Limits()
         self._listen = listen
         self._models = tuple(models)
+        self._migrations = migrations
         self._effects: list[tuple[str, Effect]] = []
         self._owner: Owner | None = None
         self._views: dict[str, PeerView] = {}
@@ -257,7 +261,7 @@ class Node:
         assert self._owner is None, "a node starts once"
         self._room.set()
         owner = Owner(self, asyncio.get_running_loop())
-        await owner.start(self._listen, self._models, self._effects)
+        await owner.start(self._listen, self._models, self._migrations, self._effects)
         self._owner = owner
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="bf-read", initializer=self._open_reader)
 

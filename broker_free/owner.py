@@ -34,6 +34,7 @@ from broker_free.mesh import Mesh
 from broker_free.message import Envelope
 from broker_free.presence import Presence, State
 from broker_free.registry import Registry
+from broker_free.schema import Migrations
 from broker_free.security import KeyPair, load_or_create_keys, node_id_of
 from broker_free.store import Store
 from broker_free.tick import Effect, Outcome, Tick, Transact, Tx, Work
@@ -109,9 +110,13 @@ class Owner:
     # -- called on the loop ---------------------------------------------------------------------------------
 
     async def start(
-        self, listen: str, models: Sequence[type[peewee.Model]], effects: Sequence[tuple[str, Effect]]
+        self,
+        listen: str,
+        models: Sequence[type[peewee.Model]],
+        migrations: Migrations | None,
+        effects: Sequence[tuple[str, Effect]],
     ) -> None:
-        self._setup = (listen, models, effects)
+        self._setup = (listen, models, migrations, effects)
         self._thread.start()
         await self._started
 
@@ -182,13 +187,19 @@ class Owner:
             self.tell(self._stopped.set)
 
     def _open(self) -> None:
-        listen, models, effects = self._setup
+        listen, models, migrations, effects = self._setup
         node = self._node
         make_private(node.home)
         self._lock_fd = lock(node.home / "node.lock")
         self.keys = load_or_create_keys(node.home / "node.keys", new_keypair)
         node.node_id = node_id_of(self.keys.public)
-        self._store = Store(node.home / "store.db", me=node.node_id, limits=self._limits, models=models)
+        self._store = Store(
+            node.home / "store.db",
+            me=node.node_id,
+            limits=self._limits,
+            models=models,
+            migrations=migrations,
+        )
         self._store.open()
         mesh = self.mesh = Mesh(
             host=self, name=node.name, node_id=node.node_id, keys=self.keys, store=self._store

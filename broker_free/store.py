@@ -20,7 +20,9 @@ order and the regression check. (AUTOINCREMENT does that too, for one page more 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import secrets
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -46,18 +48,26 @@ from broker_free.message import (
     parse_metadata,
 )
 from broker_free.registry import Entry
+from broker_free.schema import (
+    SCHEMA_VERSION,
+    Migrations,
+    application_version,
+    upgrade,
+    upgrade_application,
+    version_of,
+)
 from broker_free.subject import matches
 from broker_free.tick import Accepted
-
-SCHEMA_VERSION: Final = 1
 
 QUEUED, DELIVERED, EXPIRED, CANCELLED, DEAD = range(5)
 OUTBOX_STATES: Final = ("queued", "delivered", "expired", "cancelled", "dead")
 NEW, CLAIMED, DONE, INBOX_DEAD = range(4)
 
+BEFORE_UPGRADE: Final = ".before-upgrade"  # the one older file that is kept beside the store
 EFFECT_ATTEMPTS_MAX: Final = 10
 _PRUNE_SLICE: Final = 500  # rows a tick: long work is done in small slices
 _IDS_A_QUERY: Final = 256
+_COPY_PAGES: Final = 256  # a step of a copy: the interpreter's lock is free meanwhile
 
 
 class ThreadDatabase(pw.DatabaseProxy):
@@ -90,6 +100,8 @@ class ThreadDatabase(pw.DatabaseProxy):
         return getattr(database, name)
 
 
+log = logging.getLogger("broker_free")
+
 CURRENT = ThreadDatabase()
 
 
@@ -116,34 +128,6 @@ class Peer(_Table):
     class Meta:
         table_name = "peer"
 
-
-_SCHEMA: Final = (
-    """CREATE TABLE peer (id INTEGER PRIMARY KEY, node_id TEXT NOT NULL UNIQUE, name TEXT NOT NULL,
-        public_key BLOB NOT NULL, endpoints TEXT NOT NULL, beat_endpoint TEXT NOT NULL, interests TEXT NOT NULL,
-        acked_id BLOB, acked_row INTEGER, pruned_row INTEGER NOT NULL, is_member INTEGER NOT NULL,
-        added_ms INTEGER NOT NULL, seen_ms INTEGER NOT NULL)""",
-    """CREATE TABLE message (id INTEGER PRIMARY KEY, msg_id BLOB NOT NULL, meta BLOB NOT NULL,
-        body BLOB NOT NULL, digest BLOB NOT NULL, refs INTEGER NOT NULL)""",
-    """CREATE TABLE outbox (row INTEGER PRIMARY KEY, peer INTEGER NOT NULL, msg_id BLOB NOT NULL,
-        message INTEGER NOT NULL, state INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL,
-        queued_ms INTEGER NOT NULL, expires_ms INTEGER NOT NULL, settled_ms INTEGER, reason TEXT)""",
-    "CREATE UNIQUE INDEX outbox_key ON outbox (peer, msg_id)",
-    "CREATE INDEX outbox_queued ON outbox (peer, row) WHERE state = 0",
-    """CREATE TABLE inbox (row INTEGER PRIMARY KEY, peer INTEGER NOT NULL, msg_id BLOB NOT NULL,
-        lane INTEGER NOT NULL, meta BLOB NOT NULL, body BLOB NOT NULL, digest BLOB NOT NULL,
-        state INTEGER NOT NULL DEFAULT 0, arrived_ms INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
-        due_ms INTEGER, reason TEXT)""",
-    "CREATE UNIQUE INDEX inbox_key ON inbox (peer, msg_id)",
-    "CREATE INDEX inbox_due ON inbox (due_ms) WHERE due_ms IS NOT NULL",
-    """CREATE TABLE seen (peer INTEGER NOT NULL, msg_id BLOB NOT NULL, row INTEGER NOT NULL,
-        digest BLOB NOT NULL, at_ms INTEGER NOT NULL, PRIMARY KEY (peer, msg_id)) WITHOUT ROWID""",
-    "CREATE TABLE consumer (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, pattern TEXT NOT NULL)",
-    """CREATE TABLE job (consumer INTEGER NOT NULL, row INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
-        due_ms INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (consumer, row)) WITHOUT ROWID""",
-    """CREATE TABLE registry (bucket TEXT NOT NULL, key TEXT NOT NULL, origin TEXT NOT NULL, value TEXT,
-        stamp INTEGER NOT NULL, PRIMARY KEY (bucket, key, origin)) WITHOUT ROWID""",
-    """CREATE TABLE invitation (public_key BLOB PRIMARY KEY, expires_ms INTEGER NOT NULL) WITHOUT ROWID""",
-)
 
 _PRAGMAS: Final = (
     ("journal_mode", "wal"),
@@ -175,11 +159,20 @@ class _Count:
 class Store:
     """The writing side. Opened, used and closed by the owner thread alone."""
 
-    def __init__(self, path: Path, *, me: str, limits: Limits, models: Sequence[type[pw.Model]] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        me: str,
+        limits: Limits,
+        models: Sequence[type[pw.Model]] = (),
+        migrations: Migrations | None = None,
+    ) -> None:
         self._path = path
         self._me = me
         self._limits = limits
         self._models = tuple(models)
+        self._migrations = migrations
         self._db = pw.SqliteDatabase(str(path), pragmas=_PRAGMAS, autoconnect=False, lock_type="IMMEDIATE")
         self._conn: sqlite3.Connection
         self._txn: Any = None  # peewee's transaction object has no public type
@@ -207,29 +200,42 @@ class Store:
             self._db.connect()
             self._conn = self._db.connection()  # type: ignore[no-untyped-call]  # the stubs leave it out
             self._conn.create_function("bf_subject", 1, _subject_of, deterministic=True)
-            version = self._conn.execute("PRAGMA user_version").fetchone()[0]
         except (OSError, sqlite3.Error, pw.PeeweeException) as error:
             raise StoreFailed(
                 f"cannot open the store {self._path}: {error}", hint="restore a backup, or move the file away"
             ) from error
-        if version > SCHEMA_VERSION:
-            self._db.close()
-            raise UnsuitableHome(
-                f"the store {self._path} was written by a newer version (schema {version})",
-                hint="upgrade this installation",
-            )
         CURRENT.obj = self._db
-        with self._translating():
-            if version == 0:
-                with self._db.atomic():
-                    for statement in _SCHEMA:
-                        self._conn.execute(statement)
-                    self._conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        try:
+            with self._translating():
+                self._upgrade()
+                self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _upgrade(self) -> None:
+        """Bring the tables of this package and of the application up to date, in one transaction."""
+        for model in self._models:
+            model._meta.set_database(CURRENT)
+        try:
+            version = version_of(self._conn)
+            names = [model._meta.table_name for model in self._models]
+            known = application_version(self._conn, self._migrations, names) if self._migrations else None
+        except UnsuitableHome as error:
+            raise UnsuitableHome(f"{self._path}: {error.message}", hint=error.hint) from None
+        is_old = version < SCHEMA_VERSION or (
+            self._migrations is not None and known is not None and known < self._migrations.version
+        )
+        if is_old and version > 0:
+            log.info("upgrading the store", extra={"schema": version, "to": SCHEMA_VERSION})
+            copy_to(self._conn, self._path.with_name(self._path.name + BEFORE_UPGRADE), replace=True)
+        with self._db.atomic():
+            if version < SCHEMA_VERSION:
+                upgrade(self._conn, version)
+            if self._migrations is not None and known != self._migrations.version:
+                upgrade_application(self._conn, self._migrations, known)
             if self._models:
-                for model in self._models:
-                    model._meta.set_database(CURRENT)
                 self._db.create_tables(self._models, safe=True)
-            self._load()
 
     def close(self) -> None:
         CURRENT.obj = None
@@ -860,6 +866,45 @@ class Reader:
     def discard(self) -> None:
         """Close the connection. Its thread has ended."""
         self._conn.close()
+
+
+def copy_to(conn: sqlite3.Connection, path: Path, *, replace: bool) -> None:
+    """Write a consistent copy of a store, whole or not at all: mode 0600, on disk when this returns.
+
+    Raises FileExistsError unless it may `replace` what is there. The snapshot is held for as long as it takes, so
+    that no commit starts the copy over; other connections go on meanwhile.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        copy = sqlite3.connect(draft, isolation_level=None)
+        try:
+            conn.execute("BEGIN")
+            conn.execute("SELECT 1 FROM sqlite_schema").fetchone()
+            conn.backup(copy, pages=_COPY_PAGES)
+            # One plain file: a copy in WAL mode would grow companions as soon as somebody looks into it.
+            copy.execute("PRAGMA journal_mode = delete")
+        finally:
+            copy.close()
+            if conn.in_transaction:
+                conn.execute("ROLLBACK")
+        os.fsync(fd)
+        if replace:
+            os.replace(draft, path)
+        else:
+            os.link(draft, path)
+        _sync_folder(path.parent)
+    finally:
+        os.close(fd)
+        draft.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _is_of_the_disk(text: str) -> bool:

@@ -15,6 +15,7 @@ from broker_free.errors import InvalidInput, OutboxFull, StoreFailed, Unsuitable
 from broker_free.limits import DAY_MS, Limits
 from broker_free.membership import Member
 from broker_free.message import Message, id_to_bytes, metadata_of, new_id
+from broker_free.schema import SCHEMA_VERSION
 from broker_free.store import Reader, Store
 
 NOW = 1_700_000_000_000
@@ -274,7 +275,7 @@ def test_a_store_of_a_newer_version_is_left_alone(store: Store, path: Path) -> N
         Store(path, me="m" * 32, limits=Limits()).open()
     with sqlite3.connect(path) as other:
         assert other.execute("PRAGMA user_version").fetchone() == (99,)
-        other.execute("PRAGMA user_version = 1")
+        other.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     store.open()  # for the fixture's close
 
 

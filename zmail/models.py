@@ -19,6 +19,8 @@ from functools import lru_cache
 
 from peewee import SQL, AutoField, BooleanField, CompositeKey, IntegerField, Model, TextField
 
+from broker_free.schema import Migrations
+
 
 class Mailbox(Model):
     """A durable address of this node. Mail belongs to it; processes come and go."""
@@ -171,6 +173,10 @@ Action.add_index(Action.callsign, Action.number, unique=True, name="action_by_nu
 Action.add_index(Action.brief, name="action_by_brief")
 
 MODELS: tuple[type[Model], ...] = (Mailbox, Lease, Brief, Delivery, Recipient, Action)
+
+# How the tables of earlier releases become those above: one tuple of SQL statements (or functions of the connection)
+# for each version after the first. New tables need no step: what the models have and the file lacks is created.
+MIGRATIONS = Migrations(application="zmail", steps=())
 
 
 def insert_rows(model: type[Model], rows: Sequence[Mapping[str, object]]) -> int:

@@ -109,12 +109,12 @@ async def _open(home: Home, settings: Settings, opened: AsyncExitStack, stop: _S
     from broker_free.node import Node
     from zmail.identity import Identity
     from zmail.mcp_server import McpHost
-    from zmail.models import MODELS
+    from zmail.models import MIGRATIONS, MODELS
     from zmail.postoffice import PostOffice
     from zmail.push import Push
 
     listen = listen_endpoint(settings.listen, _remembered_port(home))
-    node = Node(settings.node_name, home=home.state, listen=listen, models=MODELS)
+    node = Node(settings.node_name, home=home.state, listen=listen, models=MODELS, migrations=MIGRATIONS)
     identity, push = Identity(), Push()
     office = PostOffice(node, identity=identity, push=push, settings=settings)
     reception = _Reception(identity, office, stop)
