@@ -2,7 +2,8 @@
 
 BrokerFreeError
 ├ InvalidInput            refused before anything changed
-│ └ TooLarge              over a limit of `Limits`
+│ ├ TooLarge              over a limit of `Limits`
+│ └ NotOwner              a registry key that belongs to another node
 ├ UnknownPeer             no such member of the mesh
 ├ PairingRefused          an invitation that is wrong, used or over
 ├ UnsuitableHome          a state folder that cannot keep the promises
@@ -12,6 +13,7 @@ BrokerFreeError
 │ ├ DiskLow               below the floor: nothing was accepted
 │ └ OutcomeUnknown        the commit failed after the wire was used: it may have happened
 ├ OutboxFull              a peer's queue is at its limit
+├ RegistryFull            a bucket, or the registry, is at its limit
 ├ TimedOut                what was waited for has not happened yet; nothing is lost by that
 ├ NodeClosed              the node has been closed
 ├ NodeUnreachable         nobody answers at the local door
@@ -38,6 +40,10 @@ class InvalidInput(BrokerFreeError, ValueError):
 
 class TooLarge(InvalidInput):
     code = "too-large"
+
+
+class NotOwner(InvalidInput):
+    code = "not-owner"
 
 
 class UnknownPeer(BrokerFreeError):
@@ -78,6 +84,10 @@ class OutcomeUnknown(StoreFailed):
 
 class OutboxFull(BrokerFreeError):
     code = "outbox-full"
+
+
+class RegistryFull(BrokerFreeError):
+    code = "registry-full"
 
 
 class TimedOut(BrokerFreeError):

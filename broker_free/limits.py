@@ -25,6 +25,15 @@ class Limits:
     ttl_ms_default: int = 7 * DAY_MS
     ttl_ms_max: int = 14 * DAY_MS
 
+    registry_entries_max: int = 100_000  # every node holds all of them in memory, tombstones included
+    registry_bucket_keys_max: int = 50_000  # one application's mistake leaves room for the others
+    registry_value_bytes_max: int = 16 * KIB  # it is settings and whereabouts, not content
+    registry_name_chars_max: int = 255  # as a subject: a node id, a dot, and room for a name
+    registry_frame_bytes_max: int = 64 * KIB  # mail waits behind one such frame at most
+    registry_frame_entries_max: int = 1_000
+    registry_ahead_ms_max: int = DAY_MS  # a stamp further in the future is a broken clock, not a newer value
+    tombstone_ms: int = 30 * DAY_MS  # a node that was away for longer takes over what the others have
+
     credit_messages: int = 256  # un-acked messages a peer may have on the wire
     credit_kib: int = 4 * KIB
     in_doubt_max: int = 256  # ids listed in a resync; more are sent again and recognised as duplicates

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from broker_free.bucket import Bucket, Mirror
 from broker_free.clock import utc_ms
 from broker_free.errors import (
     InvalidInput,
@@ -30,7 +31,6 @@ from broker_free.futures import fail, succeed
 from broker_free.limits import Limits
 from broker_free.message import Envelope, Message, check_message, new_id
 from broker_free.owner import Owner, PeerView
-from broker_free.registry import Entry, Registry
 from broker_free.schema import Migrations
 from broker_free.security import Invitation
 from broker_free.store import Reader
@@ -210,7 +210,7 @@ class Node:
         self._effects: list[tuple[str, Effect]] = []
         self._owner: Owner | None = None
         self._views: dict[str, PeerView] = {}
-        self._registry = Registry("")
+        self._entries = Mirror()
         self._receipts: dict[str, Receipt] = {}  # not yet answered by all; as many as outboxes hold at most
         self._futures: dict[Work, asyncio.Future[Any]] = {}  # Any: each transact has its own result
         self._subscriptions: list[Subscription] = []
@@ -218,7 +218,6 @@ class Node:
         self._on_dead: list[Callable[[list[tuple[str, str, str]]], None]] = []
         self._on_peer: list[Callable[[PeerView], None]] = []
         self._on_failed: list[Callable[[BaseException], None]] = []
-        self._on_registry: list[tuple[str, Callable[[list[Entry]], None]]] = []
         self._room = asyncio.Event()
         self._readers: ThreadPoolExecutor | None = None
         self._reader_state = threading.local()
@@ -245,10 +244,6 @@ class Node:
     def on_peer(self, fn: Callable[[PeerView], None]) -> None:
         """Call `fn(view)` on the loop when a peer's presence changes."""
         self._on_peer.append(fn)
-
-    def on_registry(self, bucket: str, fn: Callable[[list[Entry]], None]) -> None:
-        """Call `fn(entries)` on the loop after entries of a bucket changed, here or at a peer."""
-        self._on_registry.append((bucket, fn))
 
     def on_failed(self, fn: Callable[[BaseException], None]) -> None:
         """Call `fn(error)` on the loop when the owner thread has ended by an error. Only a new node helps then."""
@@ -339,9 +334,9 @@ class Node:
             raise NodeClosed("the node is not running")
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, fn, args)
 
-    def registry(self, bucket: str) -> list[Entry]:
-        """Return the live entries of a bucket, one for each key and writer."""
-        return self._registry.bucket(bucket)
+    def registry(self, bucket: str) -> Bucket:
+        """Return a bucket of the replicated registry: last writer wins, and every node has all of it."""
+        return Bucket(bucket, self._entries, self.transact)
 
     # -- the mesh -------------------------------------------------------------------------------------------
 
@@ -436,16 +431,12 @@ class Node:
         for subscription in self._subscriptions:
             if any(matches(subscription.pattern, envelope.subject) for envelope in outcome.arrivals):
                 subscription.notify()
-        self._registry.apply(outcome.entries)
+        self._entries.take(outcome.entries)
         calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = [(fn, ()) for fn in outcome.callbacks]
         if outcome.delivered:
             calls += [(fn, (outcome.delivered,)) for fn in self._on_delivered]
         if outcome.dead:
             calls += [(fn, (outcome.dead,)) for fn in self._on_dead]
-        for bucket, fn in self._on_registry:
-            entries = [entry for entry in outcome.entries if entry.bucket == bucket]
-            if entries:
-                calls.append((fn, (entries,)))
         self._call(calls)
         self._room.set()
 
@@ -488,6 +479,7 @@ class Node:
         for receipt in self._receipts.values():
             receipt.fail(error)
         self._receipts.clear()
+        self._entries.close()
 
     # -- durable consumers ----------------------------------------------------------------------------------
 

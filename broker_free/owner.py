@@ -216,14 +216,14 @@ class Owner:
             wire=self,
             limits=self._limits,
             random=random.Random(secrets.randbits(64)),
-            registry=Registry(node.node_id, entries),
+            registry=Registry(node.node_id, entries, limits=self._limits),
         )
         for pattern, fn in effects:
             self._tick.add_effect(pattern, fn)
         self._store.has_effect = self._tick.effects_of
         for pattern in self._store.patterns():
             self._tick.add_interest(pattern)
-        node._registry = Registry(node.node_id, entries)
+        node._entries.load(entries)
         mesh.load()
         self._seen_ms = {peer: member.seen_ms for peer, member in mesh.members.items() if member.seen_ms}
         self.tell_views()

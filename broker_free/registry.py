@@ -1,29 +1,43 @@
-"""The replicated registry: the latest entry of each writer wins, by hybrid logical clock. Pure.
+"""The replicated registry: one winner for each (bucket, key), by hybrid logical clock and writer. Pure.
 
-Each entry carries the stamp of its writer's clock and the writer's node id. Merging keeps, for each writer, the
-greater stamp, so it may be repeated, reordered and mixed in any way and every node ends up with the same.
-A deleted key stays as a tombstone (value None), because forgetting it would let an older copy come back.
+Every node of a mesh holds all entries. Merging keeps the entry of the greater (stamp, writer), so it may be repeated,
+reordered and mixed in any way, and every node ends up with the same. A deleted key stays as a tombstone (value None)
+for `Limits.tombstone_ms`, because forgetting it at once would let an older copy come back.
 
-This version replicates by hand-over: a node sends its own entries to every peer when a session opens and after
-each change, and accepts from a peer only what that peer wrote itself, so nobody speaks in another node's name.
+    shared buckets   any member writes any key, the last writer wins
+    owned buckets    their name begins with "own.", their keys with a node id ("own.callsign", "<node id>.alpha"):
+                     only that node writes them. That is a fact of the name, so no node can be configured otherwise.
+
+Entries are relayed, so members trust each other not to lie about who wrote what. One thing needs no trust: nobody
+overwrites what a node has written of itself since it started. It answers a forged entry with its own, stamped anew.
+An entry that it does not know is another matter: a store that was put back from a backup gets its own newer entries
+from the others.
+
+How entries travel is `antientropy.py`.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import Any, Final
 
-from broker_free.errors import InvalidInput
-from broker_free.limits import KIB
+from broker_free.errors import InvalidInput, NotOwner, RegistryFull, TooLarge
+from broker_free.limits import Limits
 
-KEY_CHARS_MAX = 200
-VALUE_BYTES_MAX = 16 * KIB
-_FRAME_BYTES_MAX = 256 * KIB
-_COUNTER_BITS = 16
-# A stamp further ahead than this is a broken clock, not a newer value: it would win for ever.
-_AHEAD_MS_MAX = 24 * 3_600_000
+OWNED: Final = "own."  # what the name of an owned bucket begins with
+LEAVES: Final = 256  # of the tree by which two nodes find out where they differ
+
+_COUNTER_BITS: Final = 16
+_STAMP_END: Final = 1 << 63  # SQLite's integers
+_NAME = re.compile(r"[^\s*>\x00-\x1f\x7f]+")
+_REASSERT_MS: Final = 10_000  # two live copies of one node must not answer each other without end
+
+Key = tuple[str, str]  # bucket, key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,81 +47,275 @@ class Entry:
     value: Mapping[str, Any] | None  # JSON object; None is a tombstone
     stamp: int  # milliseconds UTC << 16 | counter
     origin: str  # node id of the writer
+    held_ms: int = field(default=0, compare=False)  # UTC here when this node stored it; never leaves the node
 
     @property
-    def order(self) -> tuple[int, str]:
-        return self.stamp, self.origin
+    def at(self) -> Key:
+        return self.bucket, self.key
+
+    @property
+    def written_ms(self) -> int:
+        """UTC, by the writer's clock."""
+        return self.stamp >> _COUNTER_BITS
+
+    def text(self) -> str:
+        """The one form in which an entry travels and is compared."""
+        value = None if self.value is None else dict(self.value)
+        return json.dumps(
+            [self.bucket, self.key, value, self.stamp, self.origin], separators=(",", ":"), sort_keys=True
+        )
+
+
+def owner_of(bucket: str, key: str) -> str | None:
+    """Return the node that alone may write a key, None for a key of a shared bucket."""
+    return key.partition(".")[0] if bucket.startswith(OWNED) else None
 
 
 class HybridClock:
     """Stamps that never go back and stay near the wall clock (Kulkarni et al., 2014)."""
 
     def __init__(self, last: int = 0) -> None:
-        self._last = last
+        self.last = last
 
     def next(self, now_ms: int) -> int:
-        self._last = max(self._last + 1, now_ms << _COUNTER_BITS)
-        return self._last
+        self.last = max(self.last + 1, now_ms << _COUNTER_BITS)
+        return self.last
 
     def observe(self, stamp: int) -> None:
-        self._last = max(self._last, stamp)
+        self.last = max(self.last, stamp)
+
+
+@dataclass(slots=True)
+class _Held:
+    entry: Entry
+    digest: int
+    hash: int  # of bucket and key: its leaf is the lowest byte
 
 
 class Registry:
-    """The merged view in memory. The store holds the same entries; the tick keeps the two in step."""
+    """All entries in memory. The store holds the same; the tick keeps the two in step."""
 
-    def __init__(self, me: str, entries: Iterable[Entry] = ()) -> None:
+    def __init__(
+        self, me: str, entries: Iterable[Entry] = (), *, clock: int = 0, limits: Limits | None = None
+    ) -> None:
+        """`entries` and `clock` are what the store has: no stamp is given out that is not above them."""
+        self.refused: Counter[str] = Counter()  # entries of peers turned away, by reason
+        self.clock = HybridClock(clock)
         self._me = me
-        self._clock = HybridClock()
-        self._entries: dict[tuple[str, str, str], Entry] = {}
-        self.apply(entries)
-
-    def make(self, bucket: str, key: str, value: Mapping[str, Any] | None, *, now_ms: int) -> Entry:
-        """Stamp a new entry of this node. It counts once `apply` is called, after its commit."""
-        if not key or len(key) > KEY_CHARS_MAX or not bucket or len(bucket) > KEY_CHARS_MAX:
-            raise InvalidInput(f"registry names have 1 to {KEY_CHARS_MAX} characters")
-        if value is not None and len(json.dumps(dict(value))) > VALUE_BYTES_MAX:
-            raise InvalidInput(f"a registry value holds at most {VALUE_BYTES_MAX} bytes")
-        return Entry(bucket=bucket, key=key, value=value, stamp=self._clock.next(now_ms), origin=self._me)
-
-    def newer(self, entries: Iterable[Entry], *, now_ms: int) -> list[Entry]:
-        """Return those that win over what is known, leaving out stamps from an impossible future."""
-        ceiling = (now_ms + _AHEAD_MS_MAX) << _COUNTER_BITS
-        return [
-            entry
-            for entry in entries
-            if entry.stamp <= ceiling
-            and ((known := self._entries.get(_key(entry))) is None or known.order < entry.order)
-        ]
-
-    def apply(self, entries: Iterable[Entry]) -> None:
+        self._limits = limits or Limits()
+        self._held: dict[Key, _Held] = {}
+        self._leaves: list[dict[Key, _Held]] = [{} for _ in range(LEAVES)]
+        self._sums = [0] * LEAVES
+        self._sizes: Counter[str] = Counter()  # keys of each bucket, tombstones included
+        self._written: set[Key] = set()  # by this node since its start
+        self._reassert_after_ms: dict[Key, int] = {}
         for entry in entries:
-            self._clock.observe(entry.stamp)
-            known = self._entries.get(_key(entry))
-            if known is None or known.order < entry.order:
-                self._entries[_key(entry)] = entry
+            self.clock.observe(entry.stamp)
+            self._put(entry)
+
+    # -- writing --------------------------------------------------------------------------------------------
+
+    def make(
+        self, bucket: str, key: str, value: Mapping[str, Any] | None, *, now_ms: int, pending: int = 0
+    ) -> Entry:
+        """Stamp a new entry of this node. It counts once `apply` is called, after its commit.
+
+        `pending` is the number of entries that were made and do not count yet. Raises InvalidInput (NotOwner,
+        TooLarge) and RegistryFull.
+        """
+        for name in (bucket, key):
+            if len(name) > self._limits.registry_name_chars_max:
+                raise TooLarge(
+                    f"a registry name of {len(name)} characters; the limit is"
+                    f" {self._limits.registry_name_chars_max}"
+                )
+            if not _NAME.fullmatch(name):
+                raise InvalidInput(
+                    f"{name[:80]!r} is not a registry name", hint="no spaces, no * or >, not empty"
+                )
+        owner = owner_of(bucket, key)
+        if owner not in (None, self._me):
+            raise NotOwner(
+                f"{key!r} in {bucket!r} belongs to node {owner!r}",
+                hint=f"keys of an {OWNED}… bucket begin with the writer's node id and a dot",
+            )
+        value = self._checked(value)
+        if reason := self._no_room(bucket, key, pending):
+            raise RegistryFull(
+                reason, hint="delete keys that are not needed, or raise the limit on every node"
+            )
+        return Entry(
+            bucket=bucket,
+            key=key,
+            value=value,
+            stamp=self.clock.next(now_ms),
+            origin=self._me,
+            held_ms=now_ms,
+        )
+
+    def _checked(self, value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Return the value as every other node will read it."""
+        if value is None:
+            return None
+        try:
+            text = json.dumps(dict(value), allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidInput(f"a registry value is a JSON object: {error}") from None
+        if len(text) > self._limits.registry_value_bytes_max:
+            raise TooLarge(
+                f"a registry value of {len(text)} bytes; the limit is {self._limits.registry_value_bytes_max}",
+                hint="send large content as a message and register its id",
+            )
+        back: Mapping[str, Any] = json.loads(text)
+        return back
+
+    def _no_room(self, bucket: str, key: str, pending: int) -> str:
+        if (bucket, key) in self._held:
+            return ""
+        limits = self._limits
+        if len(self._held) + pending >= limits.registry_entries_max:
+            return f"the registry holds {len(self._held)} entries; the limit is {limits.registry_entries_max}"
+        if self._sizes[bucket] + pending >= limits.registry_bucket_keys_max:
+            return (
+                f"bucket {bucket!r} holds {self._sizes[bucket]} keys;"
+                f" the limit is {limits.registry_bucket_keys_max}"
+            )
+        return ""
+
+    # -- merging --------------------------------------------------------------------------------------------
+
+    def judge(
+        self, entries: Iterable[Entry], *, now_ms: int, into: dict[Key, Entry], is_stale: bool = False
+    ) -> None:
+        """Put `into` what is to be stored of a peer's entries: those that win, and answers to forged ones.
+
+        What is there already was judged before and does not count yet. `is_stale` says that the sender was away for
+        so long that what it holds may have been deleted and forgotten here (`antientropy.py`).
+        """
+        for entry in entries:
+            known = into.get(entry.at) or self.entry(entry.at)
+            if known is not None and not _beats(entry, known):
+                continue
+            reason = self._refusal(entry, now_ms=now_ms, is_known=known is not None, is_stale=is_stale)
+            if not reason and self._no_room(entry.bucket, entry.key, len(into)):
+                reason = "full"
+            if reason:
+                self.refused[reason] += 1
+                continue
+            self.clock.observe(entry.stamp)
+            if entry.origin == self._me and entry.at in self._written:
+                self._reassert(entry.at, now_ms, into)
+            else:
+                into[entry.at] = replace(entry, held_ms=now_ms)
+
+    def _refusal(self, entry: Entry, *, now_ms: int, is_known: bool, is_stale: bool) -> str:
+        if owner_of(entry.bucket, entry.key) not in (None, entry.origin):
+            return "not-owner"
+        if entry.written_ms > now_ms + self._limits.registry_ahead_ms_max:
+            return "future"  # a broken clock, not a newer value: it would win for ever
+        if is_stale and not is_known and entry.written_ms < now_ms - self._limits.tombstone_ms:
+            return "stale"
+        return ""
+
+    def _reassert(self, at: Key, now_ms: int, into: dict[Key, Entry]) -> None:
+        """Answer an entry in this node's name that this node did not write: what it wrote, stamped anew."""
+        self.refused["forged"] += 1
+        held = self._held[at].entry
+        if now_ms < self._reassert_after_ms.get(at, 0) <= now_ms + _REASSERT_MS:
+            return
+        self._reassert_after_ms[at] = now_ms + _REASSERT_MS
+        into[at] = replace(held, stamp=self.clock.next(now_ms), origin=self._me, held_ms=now_ms)
+
+    def apply(self, entries: Iterable[Entry], *, own: bool = False) -> None:
+        """Make entries count that are on disk now. `own` ones were made here; what they say is protected."""
+        for entry in entries:
+            self.clock.observe(entry.stamp)
+            known = self.entry(entry.at)
+            if known is None or _beats(entry, known):
+                self._put(entry)
+            if own:
+                self._written.add(entry.at)
+
+    def drop(self, keys: Iterable[Key]) -> None:
+        """Forget entries altogether, as if they had never been."""
+        for at in keys:
+            self._remove(at)
+            self._written.discard(at)
+            self._reassert_after_ms.pop(at, None)
+
+    # -- what is there --------------------------------------------------------------------------------------
+
+    def entry(self, at: Key) -> Entry | None:
+        """Return the winner of a key, a tombstone included."""
+        held = self._held.get(at)
+        return held.entry if held else None
+
+    def __iter__(self) -> Iterator[Entry]:
+        return (held.entry for held in self._held.values())
+
+    def __len__(self) -> int:
+        return len(self._held)
 
     def bucket(self, bucket: str) -> list[Entry]:
-        """Return the live entries of a bucket, one for each (key, origin), by key."""
-        found = [e for e in self._entries.values() if e.bucket == bucket and e.value is not None]
-        return sorted(found, key=lambda entry: (entry.key, entry.origin))
+        """Return the live entries of a bucket, by key."""
+        found = [entry for entry in self if entry.bucket == bucket and entry.value is not None]
+        return sorted(found, key=lambda entry: entry.key)
 
-    def own(self) -> list[Entry]:
-        return [entry for entry in self._entries.values() if entry.origin == self._me]
+    @property
+    def root(self) -> str:
+        """One word for all that this node holds: two nodes with the same root hold the same."""
+        packed = b"".join(one.to_bytes(8, "big") for one in self._sums)
+        return blake2b(packed, digest_size=8).hexdigest()
+
+    # -- inside ---------------------------------------------------------------------------------------------
+
+    def _put(self, entry: Entry) -> None:
+        self._remove(entry.at)
+        raw = blake2b(entry.text().encode(), digest_size=8).digest()
+        held = _Held(entry, int.from_bytes(raw, "big"), hash_of(entry.at))
+        leaf = held.hash % LEAVES
+        self._held[entry.at] = held
+        self._leaves[leaf][entry.at] = held
+        self._sums[leaf] ^= held.digest
+        self._sizes[entry.bucket] += 1
+
+    def _remove(self, at: Key) -> None:
+        held = self._held.pop(at, None)
+        if held is None:
+            return
+        leaf = held.hash % LEAVES
+        del self._leaves[leaf][at]
+        self._sums[leaf] ^= held.digest
+        self._sizes[at[0]] -= 1
+        if not self._sizes[at[0]]:
+            del self._sizes[at[0]]
 
 
-def _key(entry: Entry) -> tuple[str, str, str]:
-    return entry.bucket, entry.key, entry.origin
+def _beats(one: Entry, other: Entry) -> bool:
+    """Order of two entries of one key. The text decides between two of one stamp, which only a broken node makes."""
+    if (one.stamp, one.origin) != (other.stamp, other.origin):
+        return (one.stamp, one.origin) > (other.stamp, other.origin)
+    return one.text() > other.text()
 
 
-def encode(entries: Iterable[Entry]) -> Iterator[bytes]:
-    """Yield frame bodies, each a JSON list of [bucket, key, value, stamp]; the origin is the sender."""
+def hash_of(at: Key) -> int:
+    """Place a key in the tree: 64 bits, the same on every node."""
+    return int.from_bytes(blake2b("\0".join(at).encode(errors="replace"), digest_size=8).digest(), "big")
+
+
+# Entries <-> frame bodies ------------------------------------------------------------------------------------
+
+
+def encode(entries: Iterable[Entry], limits: Limits) -> Iterator[bytes]:
+    """Yield frame bodies, each a JSON list of [bucket, key, value, stamp, origin]."""
     batch: list[str] = []
     size = 0
     for entry in entries:
-        value = None if entry.value is None else dict(entry.value)
-        text = json.dumps([entry.bucket, entry.key, value, entry.stamp], separators=(",", ":"))
-        if batch and size + len(text) > _FRAME_BYTES_MAX:
+        text = entry.text()
+        if batch and (
+            size + len(text) >= limits.registry_frame_bytes_max
+            or len(batch) >= limits.registry_frame_entries_max
+        ):
             yield f"[{','.join(batch)}]".encode()
             batch, size = [], 0
         batch.append(text)
@@ -116,22 +324,35 @@ def encode(entries: Iterable[Entry]) -> Iterator[bytes]:
         yield f"[{','.join(batch)}]".encode()
 
 
-def decode(body: bytes, *, origin: str) -> list[Entry]:
-    """Read a frame body. Raises InvalidInput; a peer's entries are believed only as its own."""
+def decode(body: bytes, limits: Limits) -> list[Entry]:
+    """Read a frame body. Raises InvalidInput for what no node of this version with these limits sends."""
     try:
         rows = json.loads(body)
     except (ValueError, RecursionError):
         raise InvalidInput("a registry frame that is not JSON") from None
     if not isinstance(rows, list):
         raise InvalidInput("a registry frame that is not a list")
-    entries = []
-    for row in rows:
-        if not (isinstance(row, list) and len(row) == 4):
+    if len(rows) > limits.registry_frame_entries_max:
+        raise TooLarge(
+            f"a registry frame of {len(rows)} entries; the limit is {limits.registry_frame_entries_max}"
+        )
+    return [_decoded(row, limits) for row in rows]
+
+
+def _decoded(row: object, limits: Limits) -> Entry:
+    match row:
+        case [str(bucket), str(key), dict() | None as value, int(stamp), str(origin)]:
+            pass
+        case _:
             raise InvalidInput("a registry entry of the wrong shape")
-        bucket, key, value, stamp = row
-        if not (isinstance(bucket, str) and isinstance(key, str) and isinstance(stamp, int)):
-            raise InvalidInput("a registry entry of the wrong types")
-        if not (value is None or isinstance(value, dict)) or max(len(bucket), len(key)) > KEY_CHARS_MAX:
-            raise InvalidInput("a registry entry of the wrong types")
-        entries.append(Entry(bucket=bucket, key=key, value=value, stamp=stamp, origin=origin))
-    return entries
+    if not 0 < max(len(bucket), len(key), len(origin)) <= limits.registry_name_chars_max:
+        raise TooLarge("a registry entry with names over the limit")
+    if type(stamp) is not int or not 0 < stamp < _STAMP_END:
+        raise InvalidInput("a registry entry with a stamp that is none")
+    try:
+        size = 0 if value is None else len(json.dumps(value, allow_nan=False))
+    except ValueError:
+        raise InvalidInput("a registry value that is not JSON") from None
+    if size > limits.registry_value_bytes_max:
+        raise TooLarge("a registry entry with a value over the limit")
+    return Entry(bucket=bucket, key=key, value=value, stamp=stamp, origin=origin)

@@ -52,7 +52,14 @@ STEPS: Final[tuple[tuple[str, ...], ...]] = (
         "CREATE TABLE application (name TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID",
         # -- link
         # -- blob
-        # -- registry
+        # -- registry: one row a key. Until now an entry belonged to its writer, and owned buckets keep that.
+        """CREATE TABLE entry (bucket TEXT NOT NULL, key TEXT NOT NULL, value TEXT, stamp INTEGER NOT NULL,
+        origin TEXT NOT NULL, held_ms INTEGER NOT NULL, PRIMARY KEY (bucket, key)) WITHOUT ROWID""",
+        """INSERT INTO entry (bucket, key, value, stamp, origin, held_ms)
+        SELECT 'own.' || bucket, origin || '.' || key, value, stamp, origin,
+        CAST(strftime('%s', 'now') AS INTEGER) * 1000 FROM registry""",
+        "DROP TABLE registry",
+        "CREATE TABLE registry_note (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
         # -- security
         # -- presence
     ),

@@ -9,7 +9,7 @@ One process, one thread, one connection writes. Reads elsewhere go through `Read
     inbox     one row a message that arrived:  new → claimed → done | dead
     seen      ids whose inbox row is gone, so that a late copy is still recognised
     job       an inbox row that waits for one durable consumer
-    registry  replicated entries        invitation  one-time keys
+    entry     of the replicated registry        invitation  one-time keys
 
 Hot paths use constant SQL on peewee's connection (0.9 of raw sqlite3, where Model.create is 0.15); models do the
 rest. Row numbers are given out here, not by SQLite, so that a batch goes through `executemany`. The newest row of
@@ -822,7 +822,7 @@ class Store:
     def registry_save(self, entries: Sequence[Entry]) -> None:
         with self._translating():
             self._conn.executemany(
-                "INSERT OR REPLACE INTO registry (bucket, key, origin, value, stamp) VALUES (?,?,?,?,?)",
+                "INSERT OR REPLACE INTO entry (bucket, key, origin, value, stamp, held_ms) VALUES (?,?,?,?,?,?)",
                 [
                     (
                         e.bucket,
@@ -830,6 +830,7 @@ class Store:
                         e.origin,
                         None if e.value is None else json.dumps(dict(e.value)),
                         e.stamp,
+                        e.held_ms,
                     )
                     for e in entries
                 ],
@@ -837,10 +838,19 @@ class Store:
 
     def registry_load(self) -> list[Entry]:
         with self._translating():
-            rows = self._conn.execute("SELECT bucket, key, origin, value, stamp FROM registry").fetchall()
+            rows = self._conn.execute(
+                "SELECT bucket, key, origin, value, stamp, held_ms FROM entry"
+            ).fetchall()
         return [
-            Entry(bucket=b, key=k, origin=o, value=None if v is None else json.loads(v), stamp=s)
-            for b, k, o, v, s in rows
+            Entry(
+                bucket=bucket,
+                key=key,
+                origin=origin,
+                value=None if value is None else json.loads(value),
+                stamp=stamp,
+                held_ms=held_ms,
+            )
+            for bucket, key, origin, value, stamp, held_ms in rows
         ]
 
 

@@ -130,7 +130,7 @@ class Image(NamedTuple):
     rows_of: dict[tuple[str, str], int]
     queued: dict[str, dict[int, Queued]]
     acked: dict[str, tuple[str, int]]
-    registry: dict[tuple[str, str, str], Entry]
+    registry: dict[tuple[str, str], Entry]
     interests: dict[str, tuple[str, ...]]
 
 
@@ -476,7 +476,7 @@ class SimJournal:
 
     def registry_save(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
-            self._set(self._registry, (entry.bucket, entry.key, entry.origin), entry)
+            self._set(self._registry, entry.at, entry)
 
     def registry_load(self) -> list[Entry]:
         return list(self._registry.values())
@@ -858,7 +858,7 @@ class SimNode:
             wire=self._wire,
             limits=self.limits,
             random=self._random,
-            registry=Registry(self.name, journal.registry_load()),
+            registry=Registry(self.name, journal.registry_load(), limits=self.limits),
         )
         for pattern, fn in self.effects:
             tick.add_effect(pattern, fn)
@@ -1357,11 +1357,9 @@ class Cluster:
         )
 
     def _are_alike(self) -> bool:
-        """A restored store may hold older entries of its own than its peers do; then nothing is promised."""
-        if not self._has_registry or self._has_gone_back():
+        if not self._has_registry:
             return True
-        views = [node.tick.registry.bucket("b") for node in self.nodes.values() if node.tick]
-        return all(view == views[0] for view in views)
+        return len({node.tick.registry.root for node in self.nodes.values() if node.tick}) == 1
 
     def _has_gone_back(self) -> bool:
         return any(node.has_gone_back for node in self._all)

@@ -34,7 +34,7 @@ from broker_free.frames import INTEREST, REGISTRY, Frame
 from broker_free.limits import Limits
 from broker_free.link import Ledger, Link, Queued
 from broker_free.message import Envelope, Message, check_message, new_id
-from broker_free.registry import Entry, Registry
+from broker_free.registry import Entry, Key, Registry
 from broker_free.registry import decode as decode_entries
 from broker_free.registry import encode as encode_entries
 from broker_free.subject import check_pattern, matches
@@ -137,6 +137,7 @@ class Tx:
 
     def __init__(self, tick: Tick, now_ms: int) -> None:
         self.now_ms = now_ms  # UTC
+        self.node_id = tick.me
         self._tick = tick
         self.held_back: list[str] = []  # peers with rows that leave after the commit
         self.entries: list[Entry] = []
@@ -165,9 +166,14 @@ class Tx:
         self.arrivals += arrivals
         return message.id
 
-    def registry_put(self, bucket: str, key: str, value: Mapping[str, Any] | None) -> None:
-        """Write a replicated entry in this transaction; None deletes it. Peers hear of it after the commit."""
-        self.entries.append(self._tick.registry.make(bucket, key, value, now_ms=self.now_ms))
+    def registry_put(self, bucket: str, key: str, value: Mapping[str, Any] | None) -> Entry:
+        """Write a replicated entry in this transaction; None deletes it. Peers hear of it after the commit.
+
+        In an owned bucket the key begins with `node_id` and a dot. Raises InvalidInput and RegistryFull.
+        """
+        made = self._tick.registry.make(bucket, key, value, now_ms=self.now_ms, pending=len(self.entries))
+        self.entries.append(made)
+        return made
 
     def after_commit(self, fn: Callable[[], None]) -> None:
         """Have `fn` called on the event loop once this transaction is on disk."""
@@ -230,7 +236,7 @@ class _Inputs:
     resynced: list[tuple[str, links.AckedIds]] = field(default_factory=list)
     rejected: list[tuple[str, links.Rejected]] = field(default_factory=list)
     regressed: list[str] = field(default_factory=list)
-    entries: list[Entry] = field(default_factory=list)
+    entries: dict[Key, Entry] = field(default_factory=dict)
     interests: dict[str, tuple[str, ...]] = field(default_factory=dict)
     has_opened: bool = False  # acks seen earlier are written before a new session's pump reads
 
@@ -461,7 +467,7 @@ class Tick:
         self._marks_due_ms = None
         self._acknowledge(inputs)
         self._spread(outcome.entries, inputs)
-        outcome.entries += inputs.entries
+        outcome.entries += inputs.entries.values()
         outcome.regressed += inputs.regressed
         self._outcome = _joined(self._outcome, outcome)
 
@@ -482,7 +488,7 @@ class Tick:
             count = journal.requeue(peer, utc_ms)
             log.warning("peer's store went back in time", extra={"peer": peer, "requeued": count})
         if inputs.entries:
-            journal.registry_save(inputs.entries)
+            journal.registry_save(list(inputs.entries.values()))
         for peer, patterns in inputs.interests.items():
             journal.save_interest(peer, patterns)
         self._apply_effects(journal.due(utc_ms, self._limits.tick_operations_max), outcome)
@@ -666,10 +672,10 @@ class Tick:
 
     def _spread(self, own: Sequence[Entry], inputs: _Inputs) -> None:
         """Make registry entries and interests count, and tell the peers about this node's own."""
-        self.registry.apply(own)
-        self.registry.apply(inputs.entries)
+        self.registry.apply(own, own=True)
+        self.registry.apply(inputs.entries.values())
         self.interests.update(inputs.interests)
-        for body in encode_entries(own):
+        for body in encode_entries(own, self._limits):
             for peer, link in self.links.items():
                 self._do(peer, link.tell(REGISTRY, body))
 
@@ -732,7 +738,7 @@ class Tick:
         self._inputs.has_opened = True
         self._outcome.opened.append((peer, opened))
         self._tell_interest(peer)
-        for body in encode_entries(self.registry.own()):
+        for body in encode_entries(self.registry, self._limits):
             self._do(peer, self.links[peer].tell(REGISTRY, body))
 
     def _tell_interest(self, peer: str) -> None:
@@ -742,8 +748,8 @@ class Tick:
     def _on_control(self, peer: str, frame: Frame) -> None:
         try:
             if frame.kind == REGISTRY:
-                entries = decode_entries(frame.body, origin=peer)
-                self._inputs.entries += self.registry.newer(entries, now_ms=self._utc_ms)
+                entries = decode_entries(frame.body, self._limits)
+                self.registry.judge(entries, now_ms=self._utc_ms, into=self._inputs.entries)
             else:
                 patterns = _patterns_of(frame.body, self._limits)
                 if patterns != self.interests.get(peer):

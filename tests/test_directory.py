@@ -51,8 +51,10 @@ def test_nobody_is_online_at_a_lost_node() -> None:
 
 
 def test_an_entry_that_makes_no_sense_is_left_out() -> None:
-    assert resident_from("Not A Name", TWO, {}) is None
-    strange = resident_from("bravo", TWO, {"kind": 7, "project": [], "state": "asleep", "last_seen_ms": "x"})
+    assert resident_from(f"{TWO}.Not A Name", {}) is None
+    strange = resident_from(
+        f"{TWO}.bravo", {"kind": 7, "project": [], "state": "asleep", "last_seen_ms": "x"}
+    )
     assert strange == Resident(
         callsign="bravo", node=TWO, kind="script", project=None, state=OFFLINE, last_seen_ms=0
     )

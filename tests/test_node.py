@@ -263,16 +263,60 @@ def test_a_job_comes_back_until_it_is_acked_also_after_a_restart(tmp_path: Path)
 def test_a_registry_entry_reaches_the_peers_and_outlives_its_writer(tmp_path: Path) -> None:
     async def main() -> None:
         async with Node("b", home=tmp_path / "b") as b:
+            team = b.registry("team")
             async with Node("a", home=tmp_path / "a") as a:
                 await pair(a, b)
                 await a.transact(lambda tx: tx.registry_put("team", "lead", {"name": "x"}))
-                await until(lambda: b.registry("team"))
-                origin = a.node_id
-            assert [(e.key, e.value, e.origin) for e in b.registry("team")] == [
-                ("lead", {"name": "x"}, origin)
-            ]
+                await until(lambda: team.get("lead"))
+                assert [(e.key, e.value, e.origin) for e in team.entries()] == [
+                    ("lead", {"name": "x"}, a.node_id)
+                ]
+                await team.put("lead", {"name": "y"})  # the bucket is shared: the last writer wins
+                await until(lambda: a.registry("team").get("lead") == {"name": "y"})
         async with Node("b", home=tmp_path / "b") as b:
-            assert [e.key for e in b.registry("team")] == ["lead"]
+            assert b.registry("team").get("lead") == {"name": "y"}
+            await b.registry("team").delete("lead")
+        async with Node("b", home=tmp_path / "b") as b:
+            assert b.registry("team").keys() == []
+
+    run(main())
+
+
+def test_a_watch_shows_what_is_there_then_every_change_and_its_last_value(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a:
+            jobs = a.registry("jobs")
+            for number in range(3):
+                await jobs.put(f"eu.{number}", {"n": number})
+            await jobs.put("us.0", {"n": 9})
+            before = jobs.revision
+            async with jobs.watch("eu.*") as changes:
+                assert [(await anext(changes)).key for _ in range(3)] == ["eu.0", "eu.1", "eu.2"]
+
+                def burst(tx: Tx) -> None:
+                    for number in range(500):
+                        tx.registry_put("jobs", f"eu.{number % 7}", {"n": number})
+                    tx.registry_put("jobs", "eu.0", None)
+                    tx.registry_put("jobs", "us.0", None)
+
+                await a.transact(burst)
+                last = {}
+                while len(last) < 7:
+                    change = await anext(changes)
+                    last[change.key] = change.value
+            assert last == {"eu.0": None} | {f"eu.{n % 7}": {"n": n} for n in range(493, 500) if n % 7}
+            assert jobs.keys("eu.*") == [f"eu.{n}" for n in range(1, 7)]
+            assert jobs.keys() == jobs.keys("eu.>")
+            assert jobs.revision > before
+            idle = jobs.watch()
+            assert [entry.key async for entry in _until_closed(a, idle)] == jobs.keys()
+
+    async def _until_closed(node: Node, watch: Any) -> Any:
+        for _ in range(6):
+            yield await anext(watch)
+        await node.close()
+        async for entry in watch:
+            yield entry
 
     run(main())
 

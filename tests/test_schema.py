@@ -80,6 +80,13 @@ def test_an_upgraded_file_has_the_tables_of_a_new_one_and_keeps_every_row(tmp_pa
     ours = {one for one in tables_of(old) if one[2] in {name for _, _, name, _ in tables_of(new)}}
     assert ours == tables_of(new)
     after = rows_of(old)
+    kept = [
+        (f"own.{b}", f"{origin}.{key}", value, stamp, origin)
+        for b, key, origin, value, stamp in before["registry"]
+    ]
+    assert sorted(kept) == sorted(row[:5] for row in after["entry"])
+    assert kept
+    del before["registry"]
     for name, rows in before.items():
         assert [row[: len(rows[0])] for row in after[name]] == rows if rows else after[name] == []
     assert sqlite3.connect(old).execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)

@@ -215,8 +215,8 @@ class TwinJournal(SimJournal):
         return bool(the_same(super().lacks(peer, message_id, row), self.real.lacks(peer, message_id, row)))
 
     def registry_load(self) -> list[Entry]:
-        simulated = {(e.bucket, e.key, e.origin): e for e in super().registry_load()}
-        the_same(simulated, {(e.bucket, e.key, e.origin): e for e in self.real.registry_load()})
+        simulated = {e.at: e for e in super().registry_load()}
+        the_same(simulated, {e.at: e for e in self.real.registry_load()})
         return list(simulated.values())
 
     def interests(self) -> dict[str, tuple[str, ...]]:

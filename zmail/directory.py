@@ -1,8 +1,8 @@
 """Who lives where, and what an address comes to. Pure: a snapshot goes in, places come out; nothing is stored here.
 
-Every node writes its own callsigns into the replicated registry, and the registry believes a node only about
-itself. So a snapshot is: those entries, and the names of the nodes that wrote them. Resolving is all or nothing:
-the first address that does not resolve raises, and nobody has been written to.
+Every node writes its own callsigns into the replicated registry, under keys that begin with its id, and the registry
+takes such a key from no other node. So a snapshot is: those entries, and the names of the nodes that wrote them.
+Resolving is all or nothing: the first address that does not resolve raises, and nobody has been written to.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from zmail import address
 from zmail.address import Address, Kind
 from zmail.errors import AmbiguousAddress, InvalidBrief, UnknownAddress
 
-BUCKET = "callsign"  # of the registry: callsign -> entry
+BUCKET = "own.callsign"  # of the registry: `key_of` -> entry
 ONLINE, OFFLINE, IDLE, BUSY = "online", "offline", "idle", "busy"
 STATES = frozenset({ONLINE, OFFLINE, IDLE, BUSY})
 SEEN_STEP_MS = 60_000  # last_seen is written no finer: it goes to every node of the mesh
@@ -50,10 +50,14 @@ class Resident:
         return Place(self.callsign, self.node)
 
 
-def resident_from(
-    callsign: str, node: str, entry: Mapping[str, Any]
-) -> Resident | None:  # Any: a peer's JSON
+def key_of(place: Place) -> str:
+    """Name a place in the registry. Whoever is not its node cannot write there."""
+    return f"{place.node}.{place.callsign}"
+
+
+def resident_from(key: str, entry: Mapping[str, Any]) -> Resident | None:  # Any: a peer's JSON
     """Read a registry entry (`leases.entry_of`); None for one that makes no sense to this version."""
+    node, _, callsign = key.partition(".")
     try:
         if address.callsign(callsign) != callsign:
             return None

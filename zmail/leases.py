@@ -17,7 +17,7 @@ from typing import Literal, TypeGuard
 from broker_free import Tx
 from zmail import address, naming
 from zmail.config import Settings
-from zmail.directory import BUCKET, OFFLINE, ONLINE, SEEN_STEP_MS
+from zmail.directory import BUCKET, OFFLINE, ONLINE, SEEN_STEP_MS, Place, key_of
 from zmail.errors import CallsignTaken, NoIdentity
 from zmail.identity import Caller, Holder, Liveness, Resolution, SenderClass, project_of
 from zmail.models import Lease, Mailbox
@@ -192,7 +192,7 @@ def show(tx: Tx, mailbox: Mailbox, state: str) -> None:
     is_news = bool({"kind", "project", "state"} & set(mailbox.dirty_field_names))
     if is_news or (state != ONLINE and tx.now_ms - mailbox.last_seen_ms >= SEEN_STEP_MS):
         mailbox.last_seen_ms = tx.now_ms
-        tx.registry_put(BUCKET, mailbox.callsign, entry_of(mailbox))
+        tx.registry_put(BUCKET, key_of(Place(mailbox.callsign, tx.node_id)), entry_of(mailbox))
     if mailbox.dirty_fields:
         mailbox.save(only=mailbox.dirty_fields)
 

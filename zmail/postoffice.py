@@ -55,7 +55,8 @@ class PostOffice:
         self._settings = settings
         self._judge = identity.liveness
         self._started_s = time.monotonic()
-        self._residents: dict[Place, Resident] | None = None
+        self._residents: dict[Place, Resident] = {}
+        self._residents_at = -1  # the revision of the registry that they are of
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._verbs: dict[str, Callable[[Caller | None, Args], Awaitable[Shape]]] = {
             "send": self.send,
@@ -75,7 +76,6 @@ class PostOffice:
         node.effect(wire.BRIEF, self._on_brief)
         node.effect(wire.RECEIPT, self._on_receipts)
         self._upkeep = Upkeep(node, judge=self._judge, moves=self._moves)
-        node.on_registry(BUCKET, self._on_registry)
         push.serve(self)
 
     async def start(self) -> None:
@@ -113,11 +113,11 @@ class PostOffice:
     def directory(self) -> Directory:
         """Everybody known now."""
         node = self._node
-        if self._residents is None:
-            entries = (
-                resident_from(each.key, each.origin, each.value or {}) for each in node.registry(BUCKET)
-            )
-            self._residents = {each.place: each for each in entries if each is not None}
+        callsigns = node.registry(BUCKET)
+        if self._residents_at != callsigns.revision:
+            self._residents_at = callsigns.revision
+            found = (resident_from(each.key, each.value or {}) for each in callsigns.entries())
+            self._residents = {each.place: each for each in found if each is not None}
         nodes = {node.node_id: NodeSeen(name=node.name, is_alive=True, last_seen_ms=None)} | {
             peer.node_id: NodeSeen(
                 name=peer.name, is_alive=peer.state != "down", last_seen_ms=peer.last_seen_ms
@@ -490,9 +490,6 @@ class PostOffice:
 
     async def node_status(self, who: Caller | None, args: Args) -> Shape:
         return {"state": "running", "pid": os.getpid(), "version": __version__}
-
-    def _on_registry(self, entries: object) -> None:
-        self._residents = None
 
 
 # ---- pure pieces ----
