@@ -14,6 +14,8 @@ BrokerFreeError
 │ └ OutcomeUnknown        the commit failed after the wire was used: it may have happened
 ├ OutboxFull              a peer's queue is at its limit
 ├ RegistryFull            a bucket, or the registry, is at its limit
+├ LeaseLost               a job is not this consumer's any more: nothing was written
+├ TransactionMisused      a transaction inside another, or used after its function has ended
 ├ TimedOut                what was waited for has not happened yet; nothing is lost by that
 ├ NodeClosed              the node has been closed
 ├ NodeUnreachable         nobody answers at the local door
@@ -88,6 +90,14 @@ class OutboxFull(BrokerFreeError):
 
 class RegistryFull(BrokerFreeError):
     code = "registry-full"
+
+
+class LeaseLost(BrokerFreeError):
+    code = "lease-lost"
+
+
+class TransactionMisused(BrokerFreeError, RuntimeError):
+    code = "transaction-misused"
 
 
 class TimedOut(BrokerFreeError):

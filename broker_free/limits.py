@@ -54,5 +54,7 @@ class Limits:
     down_after_ms: int = 15_000
     lag_stretch_max: int = 8  # a node that was itself suspended stretches its time-outs up to this
 
+    lease_ms: int = 30_000  # a consumer that hangs gives its job to another after this
+
     retained_ms: int = DAY_MS  # delivered messages kept for a peer whose store goes back in time
     retained_messages: int = 10_000

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from broker_free import frames
+from broker_free import faults, frames
 from broker_free.clock import mono_ms, utc_ms
 from broker_free.errors import InvalidInput, PairingRefused, TimedOut
 from broker_free.frames import Frame
@@ -212,6 +212,7 @@ class Mesh:
             return False
         meta = {"node_id": self._me, "public_key": self._keys.public.decode(), "about": self.about()}
         self.transport.send(conn, frames.encode(Frame(kind=frames.JOIN, meta=meta)))
+        faults.reach("join-sent")
         return True
 
     def closed(self, conn: int, reason: str) -> bool:
@@ -264,6 +265,7 @@ class Mesh:
 
         def save(tx: Tx) -> None:
             self._store.save_member(member, tx.now_ms)
+            faults.reach("inviter-saved")
             tx.after_commit(lambda: self._host.later(lambda: self._joined(member, future)))
 
         self._host.transact(save)
@@ -271,6 +273,7 @@ class Mesh:
     def _joined(self, member: Member, future: asyncio.Future[Member]) -> None:
         """The inviter is on disk here: it counts as a member from now on."""
         self._let_in(member)
+        faults.reach("inviter-admitted")
         self._host.tell_views()
         self._host.tell(succeed, future, member)
 
@@ -301,12 +304,14 @@ class Mesh:
             self._refuse_join(conn, "this invitation has been used or is over")
             return
         self._store.save_member(member, tx.now_ms)
+        faults.reach("member-saved")
         tx.after_commit(lambda: self._host.later(lambda: self._welcome(conn, one_time_key, member)))
 
     def _welcome(self, conn: int, one_time_key: bytes, member: Member) -> None:
         """A member that joined is on disk: let it in and answer."""
         self._invited.pop(one_time_key, None)
         self._let_in(member)
+        faults.reach("member-admitted")
         # It does not know us before the answer, so it is the one to dial.
         self.tick.links[member.node_id].dial_failed(mono_ms())
         about = {"node_id": self._me, "about": self.about(), "members": []}

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import inspect
+import itertools
 import logging
 import secrets
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -21,20 +23,23 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from broker_free.bucket import Bucket, Mirror
 from broker_free.clock import utc_ms
+from broker_free.consumer import Lease
 from broker_free.errors import (
     InvalidInput,
     NodeClosed,
     PairingRefused,
     TimedOut,
+    TransactionMisused,
 )
 from broker_free.futures import fail, succeed
 from broker_free.limits import Limits
 from broker_free.message import Envelope, Message, check_message, new_id
-from broker_free.owner import Owner, PeerView
+from broker_free.owner import Owner, PeerView, in_owner_thread
 from broker_free.schema import Migrations
 from broker_free.security import Invitation
 from broker_free.store import Reader
-from broker_free.subject import check_pattern, matches
+from broker_free.subject import matches
+from broker_free.subscription import Subscription
 from broker_free.tick import Effect, Outcome, Publish, Transact, Tx, Work
 from broker_free.transport import new_keypair
 
@@ -107,83 +112,6 @@ class Receipt:
         self._followers.clear()
 
 
-class Job:
-    """A message handed to one durable consumer. It comes back unless it is acked."""
-
-    def __init__(self, subscription: Subscription, envelope: Envelope, attempts: int) -> None:
-        self.envelope = envelope
-        self.attempts = attempts  # earlier tries
-        self._subscription = subscription
-
-    @property
-    def subject(self) -> str:
-        return self.envelope.subject
-
-    @property
-    def body(self) -> bytes:
-        return self.envelope.body
-
-    async def ack(self) -> None:
-        """Say that the work is done. Returns once that is on disk."""
-        await self._subscription.settle(self)
-
-    async def nak(self, delay_ms: int = 0) -> None:
-        """Give it back, to be handed out again after a delay."""
-        await self._subscription.give_back(self, delay_ms)
-
-
-class Subscription:
-    """A durable consumer: an async context manager and an async iterator over jobs, oldest first."""
-
-    def __init__(self, node: Node, pattern: str, durable: str) -> None:
-        check_pattern(pattern)
-        self.pattern = pattern
-        self._node = node
-        self._durable = durable
-        self._consumer = 0
-        self._fetched: deque[Job] = deque()
-        self._leased: set[int] = set()  # rows handed out: memory only, so a crash hands them out again
-        self._wake = asyncio.Event()
-
-    async def __aenter__(self) -> Subscription:
-        self._consumer = await self._node._open_consumer(self, self._durable)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._node._close_consumer(self)
-
-    def __aiter__(self) -> AsyncIterator[Job]:
-        return self
-
-    async def __anext__(self) -> Job:
-        while not self._fetched:
-            self._wake.clear()
-            await self._fetch()
-            if not self._fetched:
-                # Delayed jobs become due without anything arriving.
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(1.0):
-                        await self._wake.wait()
-        return self._fetched.popleft()
-
-    def notify(self) -> None:
-        self._wake.set()
-
-    async def settle(self, job: Job) -> None:
-        await self._node._settle_job(self._consumer, job.envelope.row)
-        self._leased.discard(job.envelope.row)
-
-    async def give_back(self, job: Job, delay_ms: int) -> None:
-        await self._node._return_job(self._consumer, job.envelope.row, delay_ms)
-        self._leased.discard(job.envelope.row)
-        self._wake.set()
-
-    async def _fetch(self) -> None:
-        for envelope, attempts in await self._node._fetch_jobs(self._consumer, set(self._leased)):
-            self._leased.add(envelope.row)
-            self._fetched.append(Job(self, envelope, attempts))
-
-
 class Node:
     """One member of the mesh. Use it as an async context manager, from one event loop."""
 
@@ -214,6 +142,7 @@ class Node:
         self._receipts: dict[str, Receipt] = {}  # not yet answered by all; as many as outboxes hold at most
         self._futures: dict[Work, asyncio.Future[Any]] = {}  # Any: each transact has its own result
         self._subscriptions: list[Subscription] = []
+        self._subscription_numbers = itertools.count(1)
         self._on_delivered: list[Callable[[list[tuple[str, str]]], None]] = []
         self._on_dead: list[Callable[[list[tuple[str, str, str]]], None]] = []
         self._on_peer: list[Callable[[PeerView], None]] = []
@@ -231,7 +160,8 @@ class Node:
         A plain function, short and without I/O. What it writes to this node's store happens exactly once.
         """
         assert self._owner is None, "effects are registered before the start"
-        self._effects.append((pattern, fn))
+        _check_plain(fn)
+        self._effects.append((pattern, functools.partial(_watched_effect, fn)))
 
     def on_delivered(self, fn: Callable[[list[tuple[str, str]]], None]) -> None:
         """Call `fn([(message id, peer)])` on the loop when peers confirm that they hold messages on disk."""
@@ -285,7 +215,7 @@ class Node:
 
     # -- messages -------------------------------------------------------------------------------------------
 
-    async def publish(
+    def publish(
         self,
         subject: str,
         body: bytes,
@@ -294,13 +224,14 @@ class Node:
         to: Sequence[str] | None = None,
         ttl_ms: int | None = None,
         message_id: str | None = None,
-    ) -> Receipt:
+    ) -> Coroutine[Any, Any, Receipt]:
         """Queue a message durably and return once it is on disk here.
 
         `to` names node ids (this node's own included, if wanted); without it the recipients are all members whose
         interest covers the subject now, offline ones too. Raises InvalidInput, UnknownPeer, OutboxFull, StoreFailed;
         OutcomeUnknown when the commit failed after the message may have left.
         """
+        _refuse_inside("publish", "tx.publish joins the transaction")
         message = Message(
             id=message_id or new_id(utc_ms()), subject=subject, body=body, headers=headers or {}
         )
@@ -312,21 +243,32 @@ class Node:
             ttl_ms=ttl_ms,
             may_repeat=message_id is not None,
         )
-        receipt: Receipt = await self._submit(work)
-        return receipt
+        return self._submit(work)
 
-    def subscribe(self, pattern: str, *, durable: str) -> Subscription:
-        """Consume messages of a pattern under a durable name: `async with` opens it, `async for` yields jobs."""
-        return Subscription(self, pattern, durable)
+    def subscribe(self, pattern: str, *, durable: str, lease_ms: int | None = None) -> Subscription:
+        """Consume messages of a pattern under a durable name: `async with` opens it, `async for` yields jobs.
 
-    async def transact(self, fn: Callable[..., T], *args: Any) -> T:  # Any: handed through to fn
+        A job that is not settled within `lease_ms` (of `Limits` unless given) is handed out again.
+        """
+        return Subscription(
+            self,
+            pattern,
+            durable=durable,
+            lease_ms=self.limits.lease_ms if lease_ms is None else lease_ms,
+            number=next(self._subscription_numbers),
+        )
+
+    def transact(
+        self, fn: Callable[..., T], *args: Any
+    ) -> Coroutine[Any, Any, T]:  # Any: handed through to fn
         """Run `fn(tx, *args)` in the owner thread, inside one transaction, and return after it is on disk.
 
         `fn` is a plain function. If it raises, what it wrote is undone and the exception comes out here. A
         cancelled await does not undo it.
         """
-        result: T = await self._submit(Transact(fn=_watched, args=(fn, *args)))
-        return result
+        _refuse_inside("transact", "call the function itself, with the same tx")
+        _check_plain(fn)
+        return self._submit(Transact(fn=_watched, args=(fn, *args)))
 
     async def read(self, fn: Callable[..., T], *args: Any) -> T:  # Any: handed through to fn
         """Run `fn(db, *args)` in a reading thread on a read-only connection; models read through it too."""
@@ -481,26 +423,49 @@ class Node:
         self._receipts.clear()
         self._entries.close()
 
-    # -- durable consumers ----------------------------------------------------------------------------------
+    # -- durable consumers (called by subscriptions and jobs) -------------------------------------------------
 
-    async def _open_consumer(self, subscription: Subscription, durable: str) -> int:
+    async def open_consumer(self, subscription: Subscription) -> int:
         owner = self._running()
-        number = await self.transact(owner.open_consumer, durable, subscription.pattern)
+        number = await self.transact(owner.open_consumer, subscription.durable, subscription.pattern)
         self._subscriptions.append(subscription)
         return number
 
-    def _close_consumer(self, subscription: Subscription) -> None:
+    def close_consumer(self, subscription: Subscription) -> None:
         self._subscriptions.remove(subscription)
+        if self._owner is not None:
+            self._owner.close_consumer(subscription.number)
+        self.jobs_are_free()
 
-    async def _fetch_jobs(self, consumer: int, leased: set[int]) -> list[tuple[Envelope, int]]:
+    def jobs_are_free(self) -> None:
+        """Have everybody look again for jobs: some were given back."""
+        for subscription in self._subscriptions:
+            subscription.notify()
+
+    async def fetch_jobs(self, consumer: int, holder: int) -> list[tuple[Envelope, int, Lease]]:
         owner = self._running()
-        return await owner.ask(lambda: owner.fetch_jobs(consumer, leased))
+        return await owner.ask(lambda: owner.fetch_jobs(consumer, holder))
 
-    async def _settle_job(self, consumer: int, row: int) -> None:
-        await self.transact(self._running().settle_job, consumer, row)
+    def start_lease(self, lease: Lease, lease_ms: int) -> None:
+        self._running().start_lease(lease, lease_ms)
 
-    async def _return_job(self, consumer: int, row: int, delay_ms: int) -> None:
-        await self.transact(self._running().return_job, consumer, row, delay_ms)
+    async def extend_lease(self, lease: Lease, lease_ms: int) -> None:
+        owner = self._running()
+        await owner.ask(lambda: owner.extend_lease(lease, lease_ms))
+
+    def commit_job(
+        self,
+        lease: Lease,
+        fn: Callable[..., T],
+        *args: Any,  # Any: handed through to fn
+    ) -> Coroutine[Any, Any, T]:
+        _refuse_inside("commit", "settle the job after the transaction, or do all in one commit")
+        _check_plain(fn)
+        owner = self._running()
+        return self._submit(Transact(fn=owner.commit_job, args=(lease, _watched, fn, *args)))
+
+    async def return_job(self, lease: Lease, delay_ms: int) -> None:
+        await self.transact(self._running().return_job, lease, delay_ms)
 
     # -- readers --------------------------------------------------------------------------------------------
 
@@ -520,14 +485,29 @@ def _endpoint_of(address: str) -> str:
     return f"tcp://{host}:{port}"
 
 
+def _refuse_inside(what: str, hint: str) -> None:
+    """A transaction that waited for another one would wait for ever: both need the owner thread."""
+    if in_owner_thread():
+        raise TransactionMisused(f"{what} was called inside a transaction", hint=hint)
+
+
+def _check_plain(fn: Callable[..., object]) -> None:
+    """Refuse a coroutine function before anything runs: its body would run outside the transaction, or never."""
+    if inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None)):  # noqa: B004
+        raise TypeError("a transaction takes a plain function, not a coroutine function")
+
+
 def _watched(tx: Tx, fn: Callable[..., T], *args: Any) -> T:
     """Run a caller's function and say so when it held up everybody else."""
     began = time.monotonic()
-    result = fn(tx, *args)
-    took_ms = int((time.monotonic() - began) * 1_000)
-    if took_ms > _SLOW_MS:
-        log.warning(
-            "slow transaction",
-            extra={"function": getattr(fn, "__qualname__", type(fn).__name__), "ms": took_ms},
-        )
-    return result
+    try:
+        return fn(tx, *args)
+    finally:
+        took_ms = int((time.monotonic() - began) * 1_000)
+        if took_ms > _SLOW_MS:
+            name = getattr(fn, "__qualname__", type(fn).__name__)
+            log.warning("slow transaction", extra={"function": name, "ms": took_ms})
+
+
+def _watched_effect(fn: Effect, tx: Tx, envelope: Envelope) -> object:
+    return _watched(tx, fn, envelope)

@@ -19,11 +19,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-from broker_free import frames
+from broker_free import faults, frames
 from broker_free.clock import mono_ms, utc_ms
+from broker_free.consumer import Lease, Leases
 from broker_free.errors import (
     BrokerFreeError,
     InvalidInput,
+    LeaseLost,
     NodeClosed,
 )
 from broker_free.frames import Frame
@@ -58,6 +60,8 @@ _JOIN_TIMEOUT_S: Final = 10.0
 
 Link = Literal["open", "closed"]
 
+_SENT: Final = {frames.HELLO: "hello-sent", frames.HELLO_OK: "hello-ok-sent", frames.READY: "ready-sent"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerView:
@@ -78,6 +82,14 @@ class _Question:
 
     fn: Callable[[], Any]
     future: asyncio.Future[Any]
+
+
+_HERE: Final = threading.local()
+
+
+def in_owner_thread() -> bool:
+    """Say whether the caller runs in the owner thread of a node, this one's or another's."""
+    return getattr(_HERE, "is_owner", False)
 
 
 class Owner:
@@ -106,6 +118,7 @@ class Owner:
         self._housekeeping_due_ms = 0
         self._prune_due_ms = 0  # UTC
         self._dirty: set[str] = set()  # peers whose view has changed
+        self._leases = Leases()
 
     # -- called on the loop ---------------------------------------------------------------------------------
 
@@ -127,10 +140,14 @@ class Owner:
         self._thread.join()
 
     def submit(self, work: Work) -> None:
+        self._queue.append(work)
+        self._check_alive()
+        self._transport.wake()
+
+    def _check_alive(self) -> None:
+        """Called after something was queued: then either this or the ending thread notices it."""
         if self._has_ended:
             raise NodeClosed("the node has failed", hint="see its log, then start it again")
-        self._queue.append(work)
-        self._transport.wake()
 
     def later(self, fn: Callable[[], object]) -> None:
         """Have the owner thread run `fn` between transactions; nobody waits for it."""
@@ -141,6 +158,7 @@ class Owner:
         """Run `fn` in the owner thread, between transactions."""
         future: asyncio.Future[T] = self._loop.create_future()
         self._queue.append(_Question(fn, future))
+        self._check_alive()
         self._transport.wake()
         return await future
 
@@ -154,20 +172,67 @@ class Owner:
         self._tick.add_interest(pattern)
         return number
 
-    def settle_job(self, tx: Tx, consumer: int, row: int) -> None:
-        self._store.job_done(consumer, row)
+    def commit_job(self, tx: Tx, lease: Lease, fn: Callable[..., T], *args: Any) -> T:
+        """Settle a job and run `fn(tx, *args)`, both or neither. LeaseLost before anything is written."""
+        self._leases.check(lease, now_ms=mono_ms())
+        if not self._store.job_done(lease.consumer, lease.row):
+            raise LeaseLost(f"job {lease.row} has been settled before", hint="nothing is left to do for it")
+        result = fn(tx, *args)
+        faults.reach("job-done")
+        tx.after_commit(lambda: self.later(lambda: self._leases.drop(lease)))
+        return result
 
-    def return_job(self, tx: Tx, consumer: int, row: int, delay_ms: int) -> None:
-        self._store.job_again(consumer, row, tx.now_ms + delay_ms)
+    def return_job(self, tx: Tx, lease: Lease, delay_ms: int) -> None:
+        self._leases.check(lease, now_ms=mono_ms())
+        self._store.job_again(lease.consumer, lease.row, tx.now_ms + delay_ms)
+        tx.after_commit(lambda: self._free(lease))
 
-    def fetch_jobs(self, consumer: int, leased: set[int]) -> list[tuple[Envelope, int]]:
-        return self._store.jobs(
-            consumer, now_ms=utc_ms(), limit=self._limits.credit_messages, leave_out=leased
+    def _free(self, lease: Lease) -> None:
+        """On the loop: end a lease, then have the consumers look again; the queue keeps that order."""
+        self.later(lambda: self._leases.drop(lease))
+        self._node.jobs_are_free()
+
+    # -- durable consumers, between transactions ------------------------------------------------------------
+
+    def fetch_jobs(self, consumer: int, holder: int) -> list[tuple[Envelope, int, Lease]]:
+        """Reserve jobs that are due and free: (envelope, earlier attempts, lease), oldest first."""
+        lapsed = self._leases.lapse(consumer, now_ms=mono_ms())
+        if lapsed:  # they count as attempts, and are free once that is on disk
+            self._queue.append(Transact(fn=self._count_lapsed, args=(consumer, lapsed)))
+        found = self._store.jobs(
+            consumer,
+            now_ms=utc_ms(),
+            limit=self._limits.credit_messages,
+            leave_out={*self._leases.held(consumer), *lapsed},
         )
+        leases = self._leases.reserve(consumer, [envelope.row for envelope, _ in found], holder=holder)
+        return [
+            (envelope, attempts, lease) for (envelope, attempts), lease in zip(found, leases, strict=True)
+        ]
+
+    def _count_lapsed(self, tx: Tx, consumer: int, rows: Sequence[int]) -> None:
+        for row in rows:
+            log.warning("lease over", extra={"row": row})
+            self._store.job_again(consumer, row, tx.now_ms)
+        tx.after_commit(self._node.jobs_are_free)
+
+    def extend_lease(self, lease: Lease, lease_ms: int) -> None:
+        now_ms = mono_ms()
+        self._leases.check(lease, now_ms=now_ms)
+        self._leases.start(lease, now_ms=now_ms, lease_ms=lease_ms)
+
+    # called on the loop; what follows them in the queue sees their effect
+
+    def start_lease(self, lease: Lease, lease_ms: int) -> None:
+        self.later(lambda: self._leases.start(lease, now_ms=mono_ms(), lease_ms=lease_ms))
+
+    def close_consumer(self, holder: int) -> None:
+        self.later(lambda: self._leases.close(holder))
 
     # -- the thread -----------------------------------------------------------------------------------------
 
     def _main(self) -> None:
+        _HERE.is_owner = True
         try:
             self._open()
         except BaseException as error:  # noqa: BLE001  whatever it is, start() must raise it
@@ -180,11 +245,18 @@ class Owner:
             self._loop_until_stopped()
         except BaseException as error:  # the last that can say why
             log.exception("the node has failed")
+            self._has_ended = True  # before that is told: nobody queues after everybody was answered
             self.tell(self._node.died, error)
         finally:
             self._has_ended = True
+            self._refuse_questions()
             self._release()
             self.tell(self._stopped.set)
+
+    def _refuse_questions(self) -> None:
+        for one in list(self._queue):
+            if isinstance(one, _Question):
+                self.tell(fail, one.future, NodeClosed("the node has been closed"))
 
     def _open(self) -> None:
         listen, models, migrations, effects = self._setup
@@ -373,7 +445,10 @@ class Owner:
     # -- the wire, as the tick sees it ----------------------------------------------------------------------
 
     def send(self, conn: int, frame: Frame) -> bool:
-        return self._transport.send(conn, frames.encode(frame))
+        has_left = self._transport.send(conn, frames.encode(frame))
+        if frame.kind in _SENT:
+            faults.reach(_SENT[frame.kind])
+        return has_left
 
     def close(self, conn: int) -> None:
         self._transport.close(conn)

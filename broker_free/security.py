@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from broker_free import faults
 from broker_free.errors import InvalidInput, UnsuitableHome
 
 KEY_BYTES: Final = 32  # a CURVE25519 key
@@ -115,8 +116,10 @@ def _create(path: Path, keys: KeyPair) -> None:
             file.write(_key_file_of(keys))
             file.flush()
             os.fsync(file.fileno())
+        faults.reach("key-draft-written")
         with contextlib.suppress(FileExistsError):  # another process was first: its keys are the node's
             os.link(draft, path)
+        faults.reach("key-file-named")
     finally:
         os.unlink(draft)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

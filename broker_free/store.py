@@ -232,6 +232,7 @@ class Store:
         with self._db.atomic():
             if version < SCHEMA_VERSION:
                 upgrade(self._conn, version)
+                faults.reach("in-migration")
             if self._migrations is not None and known != self._migrations.version:
                 upgrade_application(self._conn, self._migrations, known)
             if self._models:
@@ -260,10 +261,12 @@ class Store:
     # -- transactions ---------------------------------------------------------------------------------------
 
     def begin(self) -> None:
+        faults.reach("before-begin")
         with self._translating():
             self._conn.execute("BEGIN IMMEDIATE")
             self._txn = self._db.transaction()
             self._db.push_transaction(self._txn)  # an application's atomic() is a savepoint inside this one
+        faults.reach("after-begin")
 
     def commit(self) -> None:
         """Make the transaction durable: when this returns, its rows survive a power loss."""
@@ -514,13 +517,15 @@ class Store:
         fresh = [row for row in rows if row[0] not in leave_out][:limit]
         return [(self._read_envelope(*row[:4]), row[4]) for row in fresh]
 
-    def job_done(self, consumer: int, row: int) -> None:
+    def job_done(self, consumer: int, row: int) -> bool:
+        """Settle a job. Returns whether it was still there to be settled."""
         with self._translating():
-            self._conn.execute("DELETE FROM job WHERE consumer = ? AND row = ?", (consumer, row))
+            found = self._conn.execute("DELETE FROM job WHERE consumer = ? AND row = ?", (consumer, row))
             self._conn.execute(
                 f"UPDATE inbox SET state = {DONE} WHERE row = ? AND NOT EXISTS (SELECT 1 FROM job WHERE row = ?)",
                 (row, row),
             )
+        return found.rowcount == 1
 
     def job_again(self, consumer: int, row: int, due_ms: int) -> None:
         """Hand the job out again at `due_ms`."""
@@ -746,6 +751,7 @@ class Store:
                 (now_ms - limits.ttl_ms_max,),
             ).fetchall()
             self._conn.executemany("UPDATE peer SET pruned_row = max(pruned_row, ?) WHERE id = ?", late)
+        faults.reach("pruned")
         self._has_seen = self._has_seen or bool(old)
         return max(len(gone), len(old), len(late)) >= _PRUNE_SLICE
 
@@ -780,6 +786,7 @@ class Store:
             Peer.update(
                 name=name, endpoints=json.dumps(list(endpoints)), beat_endpoint=beat_endpoint, seen_ms=now_ms
             ).where(Peer.node_id == peer).execute()
+        faults.reach("whereabouts-saved")
 
     def members(self) -> list[Member]:
         with self._translating():
@@ -835,6 +842,7 @@ class Store:
                     for e in entries
                 ],
             )
+        faults.reach("registry-saved")
 
     def registry_load(self) -> list[Entry]:
         with self._translating():

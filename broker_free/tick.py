@@ -26,10 +26,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from broker_free import faults
 from broker_free import link as links
-from broker_free.errors import InvalidInput, OutcomeUnknown, StoreFailed, TooLarge, UnknownPeer
+from broker_free.errors import (
+    InvalidInput,
+    OutcomeUnknown,
+    StoreFailed,
+    TooLarge,
+    TransactionMisused,
+    UnknownPeer,
+)
 from broker_free.frames import INTEREST, REGISTRY, Frame
 from broker_free.limits import Limits
 from broker_free.link import Ledger, Link, Queued
@@ -40,6 +48,8 @@ from broker_free.registry import encode as encode_entries
 from broker_free.subject import check_pattern, matches
 
 log = logging.getLogger("broker_free")
+
+T = TypeVar("T")
 
 _SUBJECTS_REMEMBERED = 10_000
 _WAKE_MS_MAX = 60_000
@@ -138,7 +148,7 @@ class Tx:
     def __init__(self, tick: Tick, now_ms: int) -> None:
         self.now_ms = now_ms  # UTC
         self.node_id = tick.me
-        self._tick = tick
+        self._of: Tick | None = tick
         self.held_back: list[str] = []  # peers with rows that leave after the commit
         self.entries: list[Entry] = []
         self.arrivals: list[Envelope] = []  # what it published to this node itself
@@ -161,7 +171,7 @@ class Tx:
         message = Message(
             id=message_id or new_id(self.now_ms), subject=subject, body=body, headers=headers or {}
         )
-        rows, arrivals = self._tick.queue(message, to, ttl_ms, may_repeat=message_id is not None)
+        rows, arrivals = self._tick().queue(message, to, ttl_ms, may_repeat=message_id is not None)
         self.held_back += [peer for peer, _ in rows]
         self.arrivals += arrivals
         return message.id
@@ -171,13 +181,26 @@ class Tx:
 
         In an owned bucket the key begins with `node_id` and a dot. Raises InvalidInput and RegistryFull.
         """
-        made = self._tick.registry.make(bucket, key, value, now_ms=self.now_ms, pending=len(self.entries))
+        made = self._tick().registry.make(bucket, key, value, now_ms=self.now_ms, pending=len(self.entries))
         self.entries.append(made)
         return made
 
     def after_commit(self, fn: Callable[[], None]) -> None:
         """Have `fn` called on the event loop once this transaction is on disk."""
+        self._tick()
         self.callbacks.append(fn)
+
+    def _tick(self) -> Tick:
+        if self._of is None:
+            raise TransactionMisused(
+                "this transaction is over: its function has returned",
+                hint="keep nothing of tx; what comes later is a transaction of its own",
+            )
+        return self._of
+
+    def end(self) -> None:
+        """Its function has returned or raised."""
+        self._of = None
 
 
 @dataclass(slots=True, eq=False)
@@ -201,7 +224,7 @@ class Transact:
 
 
 Work = Publish | Transact
-Effect = Callable[[Tx, Envelope], None]
+Effect = Callable[[Tx, Envelope], object]  # what it returns is ignored; a coroutine is refused
 
 
 @dataclass(slots=True)
@@ -456,6 +479,8 @@ class Tick:
             self._journal.write_queued()  # every constraint is checked before anything leaves
             for peer in offered:
                 sent_early = self._do(peer, self.links[peer].flush()) or sent_early
+            if sent_early:
+                faults.reach("early-data-sent")
             self._write_marks()  # after the wire: nobody waits for these, and the peer is already at work
             self._journal.commit()
         except StoreFailed as error:
@@ -481,11 +506,13 @@ class Tick:
         for peer, resync in inputs.resynced:
             journal.mark_delivered_ids(peer, resync.ids, utc_ms)
             journal.note_acked(peer, *resync.last)
+            faults.reach("in-resync")
         for peer, rejected in inputs.rejected:
             journal.mark_dead(peer, rejected.row, rejected.reason, utc_ms)
             outcome.dead.append((rejected.id, peer, rejected.reason))
         for peer in inputs.regressed:
             count = journal.requeue(peer, utc_ms)
+            faults.reach("in-requeue")
             log.warning("peer's store went back in time", extra={"peer": peer, "requeued": count})
         if inputs.entries:
             journal.registry_save(list(inputs.entries.values()))
@@ -506,10 +533,8 @@ class Tick:
             else:
                 tx = Tx(self, self._utc_ms)
                 with self._journal.savepoint():
-                    result = work.fn(tx, *work.args)
-                    if inspect.iscoroutine(result):
-                        result.close()
-                        raise TypeError("transact takes a plain function, not a coroutine function")
+                    result = _call(work.fn, tx, *work.args)
+                    tx.end()
                     self._write_entries(tx)
                 self._absorb(tx, outcome)
                 outcome.results.append((work, result))
@@ -608,10 +633,12 @@ class Tick:
             for envelope in batch:
                 tx = Tx(self, self._utc_ms)
                 for effect in self.effects_of(envelope.subject):
-                    effect(tx, envelope)
+                    _call(effect, tx, envelope)
+                tx.end()
                 self._write_entries(tx)
                 self._journal.settle(envelope.row)
                 done.append(tx)
+                faults.reach("effect-applied")
         return done
 
     def _run_alone(self, envelope: Envelope) -> list[Tx]:
@@ -667,8 +694,12 @@ class Tick:
                 if accepted.row > row:  # a duplicate has the row of its first copy: not always the highest
                     row, at = accepted.row, seq
             acks[arrival.peer, arrived.session] = (arrived.seq, row, at)
+        if acks:
+            faults.reach("before-ack")
         for (peer, session), (seq, row, at) in acks.items():
             self._do(peer, self.links[peer].committed(session=session, seq=seq, row=row, at=at))
+        if acks:
+            faults.reach("after-ack")
 
     def _spread(self, own: Sequence[Entry], inputs: _Inputs) -> None:
         """Make registry entries and interests count, and tell the peers about this node's own."""
@@ -776,6 +807,19 @@ class Tick:
         return self._marks_due_ms is not None and (
             self._now_ms >= self._marks_due_ms or len(self._marks) >= self._limits.tick_operations_max
         )
+
+
+def _call(fn: Callable[..., T], tx: Tx, *args: Any) -> T:  # Any: handed through
+    """Run a caller's function. A coroutine function is none, and what raises has used its tx up."""
+    try:
+        result = fn(tx, *args)
+        if inspect.iscoroutine(result):
+            result.close()
+            raise TypeError("a transaction takes a plain function, not a coroutine function")
+    except BaseException:
+        tx.end()
+        raise
+    return result
 
 
 def _patterns_of(body: bytes, limits: Limits) -> tuple[str, ...]:
