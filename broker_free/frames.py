@@ -26,6 +26,7 @@ from typing import Any, Final
 
 from broker_free.errors import InvalidInput
 from broker_free.limits import Limits
+from broker_free.outside import load_json
 
 VERSION: Final = 1
 
@@ -123,7 +124,7 @@ def decode(parts: Sequence[bytes], limits: Limits) -> Frame:
         flags=flags,
         credit_messages=credit_messages,
         credit_kib=credit_kib,
-        meta=_NO_META if kind == DATA or not meta else _load(meta),
+        meta=_NO_META if kind == DATA or not meta else _load(meta, limits),
         raw_meta=meta if kind == DATA else b"",
         body=body,
     )
@@ -162,11 +163,8 @@ def _dump(meta: Mapping[str, Any]) -> bytes:
     return json.dumps(dict(meta), ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _load(raw: bytes) -> Mapping[str, Any]:
-    try:
-        meta = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise InvalidInput("metadata is not JSON") from None
+def _load(raw: bytes, limits: Limits) -> Mapping[str, Any]:
+    meta = load_json(raw, depth_max=limits.json_depth_max, bytes_max=limits.metadata_bytes_max)
     if not isinstance(meta, dict):
         raise InvalidInput("metadata is not an object")
     return meta

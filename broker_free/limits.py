@@ -33,6 +33,18 @@ class Limits:
     registry_frame_entries_max: int = 1_000
     registry_ahead_ms_max: int = DAY_MS  # a stamp further in the future is a broken clock, not a newer value
     tombstone_ms: int = 30 * DAY_MS  # a node that was away for longer takes over what the others have
+    json_depth_max: int = 32  # of what peers send: deeper nesting serves nobody but an attacker
+    sessions_max: int = 256  # open with peers at once; each holds a connection and a window of messages
+    hellos_burst: int = 30  # greetings of one peer at once: each costs queries and answers
+    hellos_a_second_max: int = 5  # and after that; an honest peer redials with growing pauses
+    joins_of_a_key_max: int = 5  # tries with one invitation; an honest joiner needs one or two
+    joins_burst: int = 20  # tries to join at this node at once, whatever the key
+    joins_a_second_max: int = 1  # and after that
+    invitations_max: int = 100  # open at once
+    resolve_timeout_ms: int = 5_000  # for the address of a host name
+    resolvers_max: int = 4  # host names looked up at once; each holds a thread
+    unread_bytes_max: int = 64 * MIB  # sent on one connection without completing a message
+    block_ms: int = 60_000  # how long a peer that sent without end stays out
 
     credit_messages: int = 256  # un-acked messages a peer may have on the wire
     credit_kib: int = 4 * KIB

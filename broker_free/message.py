@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from broker_free.errors import InvalidInput, TooLarge
 from broker_free.limits import Limits
+from broker_free.outside import load_json
 from broker_free.subject import check_subject
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
@@ -107,10 +108,7 @@ def parse_metadata(raw: bytes, body: bytes, limits: Limits) -> Message:
         id_to_bytes(message_id)
         check_subject(subject)
         return Message(id=message_id, subject=subject, body=body)
-    try:
-        meta = json.loads(raw.decode())  # from bytes, json would first guess the encoding
-    except (ValueError, RecursionError):
-        raise InvalidInput("metadata is not JSON") from None
+    meta = load_json(raw, depth_max=limits.json_depth_max, bytes_max=limits.metadata_bytes_max)
     if not isinstance(meta, dict):
         raise InvalidInput("metadata is not an object")
     message_id, subject, reply_to = meta.get("id"), meta.get("subject"), meta.get("reply_to")

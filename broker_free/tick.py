@@ -42,6 +42,7 @@ from broker_free.frames import INTEREST, REGISTRY, Frame
 from broker_free.limits import Limits
 from broker_free.link import Ledger, Link, Queued
 from broker_free.message import Envelope, Message, check_message, new_id
+from broker_free.outside import load_json
 from broker_free.registry import Entry, Key, Registry
 from broker_free.registry import decode as decode_entries
 from broker_free.registry import encode as encode_entries
@@ -823,10 +824,7 @@ def _call(fn: Callable[..., T], tx: Tx, *args: Any) -> T:  # Any: handed through
 
 
 def _patterns_of(body: bytes, limits: Limits) -> tuple[str, ...]:
-    try:
-        patterns = json.loads(body)
-    except (ValueError, RecursionError):
-        raise InvalidInput("interest that is not JSON") from None
+    patterns = load_json(body, depth_max=1, bytes_max=limits.body_bytes_max)
     if not isinstance(patterns, list) or len(patterns) > limits.interest_patterns_max:
         raise InvalidInput("interest that is not a short list")
     for pattern in patterns:

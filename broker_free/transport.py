@@ -58,7 +58,8 @@ ROUTES_PER_USER: Final = 8  # connections of one user id that are told apart; a 
 BURST: Final = 64  # messages read from one socket before the next has its turn
 
 ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
-ZAP_DOMAIN: Final = b"broker-free"
+LINK_DOMAIN: Final = b"broker-free"  # of the ROUTER
+BEAT_DOMAIN: Final = b"broker-free-beats"  # of the PUB: a key may have the right to one and not to the other
 
 # pyzmq turns an option or flag that is an enum into one again at every call; plain ints are free.
 _NOBLOCK: Final = int(zmq.NOBLOCK)
@@ -189,15 +190,23 @@ class _Route:
 class Transport:
     """All ZeroMQ sockets of one node, in a private context (there is one ZAP handler for each context)."""
 
-    def __init__(self, *, keys: KeyPair, admit: Callable[[bytes], str | None], limits: Limits) -> None:
+    def __init__(
+        self,
+        *,
+        keys: KeyPair,
+        admit: Callable[[bytes], str | None],
+        admit_watcher: Callable[[bytes], str | None] | None = None,
+        limits: Limits,
+    ) -> None:
         """Open what needs no address.
 
         admit(public key, Z85) is asked at each handshake, in the owner thread: the user id to stamp on every
         message of that connection, or None to refuse. It fails closed: raising or an empty name refuses too.
+        `admit_watcher` is asked in its place about who wants to hear the beats.
         """
         self.refused: Counter[str] = Counter()  # handshakes refused, by reason
         self._keys = keys
-        self._admit = admit
+        self._admit = {LINK_DOMAIN: admit, BEAT_DOMAIN: admit_watcher or admit}
         self._limits = limits
         self._numbers = itertools.count(1)
         self._context: zmq.Context[_Socket] = zmq.Context()
@@ -261,13 +270,13 @@ class Transport:
         try:
             if kind == zmq.ROUTER:
                 listener.set(zmq.ROUTER_MANDATORY, 1)  # a send to nobody is an error, not a silent loss
-                frame_bytes_max = self._limits.body_bytes_max + FRAME_MARGIN_BYTES
+                domain, frame_bytes_max = LINK_DOMAIN, self._limits.body_bytes_max + FRAME_MARGIN_BYTES
             else:
-                frame_bytes_max = BEAT_BYTES_MAX
+                domain, frame_bytes_max = BEAT_DOMAIN, BEAT_BYTES_MAX
             listener.set(zmq.BACKLOG, BACKLOG)
             listener.set(zmq.CURVE_SERVER, 1)
             listener.set(zmq.CURVE_SECRETKEY, self._keys.secret)
-            listener.set(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+            listener.set(zmq.ZAP_DOMAIN, domain)
             listener.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it strangers come in while no handler is bound
             self._prepare_tcp(listener, endpoint, frame_bytes_max=frame_bytes_max)
             self._listener_monitors.append(
@@ -537,8 +546,9 @@ class Transport:
             return None
         _, _, version, request_id, domain, address, _, mechanism, *credentials = request
         user_id, reason = None, "malformed"
-        if domain == ZAP_DOMAIN and mechanism == b"CURVE" and [len(key) for key in credentials] == [32]:
-            user_id, reason = self._admitted(z85_of(credentials[0]))
+        admit = self._admit.get(domain)
+        if admit and mechanism == b"CURVE" and [len(key) for key in credentials] == [32]:
+            user_id, reason = self._admitted(admit, z85_of(credentials[0]))
         if user_id:
             return [*request[:2], version, request_id, b"200", b"OK", user_id.encode("utf-8"), b""]
         self.refused[reason] += 1
@@ -547,9 +557,9 @@ class Transport:
         )
         return [*request[:2], version, request_id, b"400", b"refused", b"", b""]
 
-    def _admitted(self, public: bytes) -> tuple[str | None, str]:
+    def _admitted(self, admit: Callable[[bytes], str | None], public: bytes) -> tuple[str | None, str]:
         try:
-            return self._admit(public), "unknown-key"
+            return admit(public), "unknown-key"
         except Exception:
             # Protects the node: a look-up that fails must refuse, and nothing more. Its traceback is told once.
             if not self.refused["admit-failed"]:
