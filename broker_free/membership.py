@@ -1,10 +1,32 @@
-"""Who belongs to the mesh: what a member record says and what of it counts. Pure."""
+"""Who belongs to the mesh: what member records say, and what of it counts. Pure.
+
+A record is one node's word about another: "in" introduces it, "out" removes it. Records travel in the registry, in an
+owned bucket, so a word is its writer's alone and nobody overwrites another's. Every node folds the same set of records
+in the order of their stamps, and so comes to the same roll:
+
+- any member may introduce and remove; of two words about a node the later counts;
+- what a node says after its own removal does not count, so it cannot bring in itself, a friend, or a friend's friend.
+  It could still unsay what it had said before; so whoever removes a node says again, in its own name, whom that node
+  had introduced (`taken_over`);
+- a member stays bound to the key of its introduction. Another key counts from its own word (a rotation), or after a
+  removal and a new introduction.
+
+Where a member listens is another record, written by that member alone. It says nothing about who belongs, so however
+new it is, it brings nobody back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from broker_free.errors import InvalidInput
+from broker_free.registry import Entry
+from broker_free.security import node_id_of
+
+MEMBERS: Final = "own.bf.member"  # key: writer.subject
+WHEREABOUTS: Final = "own.bf.whereabouts"  # key: node id
 
 NAME_CHARS_MAX: Final = 64
 ENDPOINTS_MAX: Final = 16
@@ -22,6 +44,8 @@ class Member:
     beat_endpoint: str = ""
     interests: tuple[str, ...] = ()
     seen_ms: int = 0
+    introduced_by: str = ""  # node id
+    introduced: int = 0  # stamp of the introduction that counts
 
 
 def member_from(about: object, *, node_id: str, public_key: bytes) -> Member | None:
@@ -40,3 +64,115 @@ def member_from(about: object, *, node_id: str, public_key: bytes) -> Member | N
     return Member(
         node_id=node_id, name=name, public_key=public_key, endpoints=tuple(endpoints), beat_endpoint=beat
     )
+
+
+def about_of(member: Member) -> dict[str, Any]:
+    """Write what `member_from` reads."""
+    return {"name": member.name, "endpoints": list(member.endpoints), "beat": member.beat_endpoint}
+
+
+def is_key_of(node_id: str, *, public_key: bytes, first_key: bytes) -> bool:
+    """Say whether a node may have this key: its id is the hash of its first one."""
+    try:
+        node_id_of(public_key)
+        return node_id_of(first_key) == node_id
+    except InvalidInput:
+        return False
+
+
+# Records -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Word:
+    """One record: what `writer` says about `subject`."""
+
+    writer: str
+    subject: str
+    stamp: int
+    member: Member | None = None  # as introduced; None for a removal
+
+    @property
+    def order(self) -> tuple[int, str, str]:
+        return self.stamp, self.writer, self.subject
+
+
+def word_key(writer: str, subject: str) -> str:
+    return f"{writer}.{subject}"
+
+
+def introduction(member: Member, *, first_key: bytes) -> dict[str, Any]:
+    """Make the value of a record that introduces."""
+    return {
+        "is": "in",
+        "key": member.public_key.decode(),
+        "first_key": first_key.decode(),
+        "about": about_of(member),
+    }
+
+
+def removal() -> dict[str, Any]:
+    """Make the value of a record that removes."""
+    return {"is": "out"}
+
+
+def word_of(entry: Entry) -> Word | None:
+    """Read a record. None for what is no word, such as one that a node wrote in another's name."""
+    writer, dot, subject = entry.key.partition(".")
+    value = entry.value
+    if writer != entry.origin or not dot or not subject or value is None:
+        return None
+    if value.get("is") == "out":
+        return Word(writer=writer, subject=subject, stamp=entry.stamp)
+    key, first_key = value.get("key"), value.get("first_key")
+    if value.get("is") != "in" or not isinstance(key, str) or not isinstance(first_key, str):
+        return None
+    if not (key.isascii() and first_key.isascii()):
+        return None
+    public_key = key.encode()
+    if not is_key_of(subject, public_key=public_key, first_key=first_key.encode()):
+        return None
+    member = member_from(value.get("about"), node_id=subject, public_key=public_key)
+    if member is None:
+        return None
+    return Word(writer=writer, subject=subject, stamp=entry.stamp, member=member)
+
+
+@dataclass(slots=True)
+class Roll:
+    """Who is in, and who was removed by whom."""
+
+    members: dict[str, Member] = field(default_factory=dict)
+    removed: dict[str, Word] = field(default_factory=dict)
+
+
+def roll_of(words: Iterable[Word]) -> Roll:
+    """Fold all records into who belongs. The same records give the same roll, in whatever order they came."""
+    roll = Roll()
+    strangers: set[str] = set()  # introduced by nobody whose word counts
+    for word in sorted(words, key=lambda one: one.order):
+        if word.writer in roll.removed or word.writer in strangers:
+            if word.subject not in roll.members and word.subject not in roll.removed:
+                strangers.add(word.subject)
+            continue
+        strangers.discard(word.subject)
+        known = roll.members.get(word.subject)
+        if word.member is None:
+            roll.members.pop(word.subject, None)
+            roll.removed[word.subject] = word
+        elif known is None:
+            roll.removed.pop(word.subject, None)
+            roll.members[word.subject] = replace(
+                word.member, introduced_by=word.writer, introduced=word.stamp
+            )
+        elif word.writer == word.subject:
+            roll.members[word.subject] = replace(
+                word.member, introduced_by=known.introduced_by, introduced=known.introduced
+            )
+    return roll
+
+
+def taken_over(roll: Roll, *, remover: Member, removed: str) -> list[Member]:
+    """Say whom the remover of a node must introduce anew: itself, and the members that rest on that node's word."""
+    rest = [one for one in roll.members.values() if one.introduced_by == removed]
+    return [remover, *(one for one in rest if one.node_id not in (removed, remover.node_id))]
