@@ -42,7 +42,9 @@ def test_a_pack_is_one_record_after_another() -> None:
     kind=st.sampled_from(sorted(set(frames.NAMES) - {frames.DATA})),
     session=st.integers(0, 2**64 - 1),
     seq=st.integers(0, 2**64 - 1),
-    meta=st.dictionaries(st.text(max_size=8), st.integers() | st.text(max_size=8), max_size=4),
+    meta=st.dictionaries(
+        st.text(max_size=8), st.integers(-(2**63), 2**63 - 1) | st.text(max_size=8), max_size=4
+    ),
     body=st.binary(max_size=64),
 )
 def test_what_was_encoded_reads_back(
