@@ -8,6 +8,8 @@ from pathlib import Path
 
 from broker_free.errors import NodeInUse, UnsuitableHome
 
+_locks: set[int] = set()  # descriptors of the homes that this process holds
+
 
 def make_private(home: Path) -> None:
     """Make the folder, or refuse one that others could read or change."""
@@ -24,7 +26,11 @@ def make_private(home: Path) -> None:
 
 
 def lock(path: Path) -> int:
-    """Take the home for this process. The kernel gives the lock back when the process ends, however it ends."""
+    """Take the home for this process. The kernel gives the lock back when the process ends, however it ends.
+
+    A child that the host application forks shares the lock's open file, and would keep the home from the next
+    node for as long as it lives; it lets go of it at once.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -35,4 +41,20 @@ def lock(path: Path) -> int:
         raise NodeInUse(f"already running, pid {pid or 'unknown'}", pid=pid) from None
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    _locks.add(fd)
     return fd
+
+
+def unlock(fd: int) -> None:
+    """Give the home back."""
+    _locks.discard(fd)
+    os.close(fd)
+
+
+def _let_go() -> None:
+    for fd in _locks:
+        os.close(fd)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

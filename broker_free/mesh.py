@@ -129,6 +129,11 @@ class Mesh:
     def note_whereabouts(self, peer: str, about: Mapping[str, Any]) -> None:
         """Take in what a peer said of itself in its greeting."""
         known = self.members[peer]
+        if known.beat_endpoint:
+            # A subscription that was refused never tries again by itself, and whoever has just paired may have been
+            # let in only now: without this, the inviter never heard the beats of a member that joined.
+            self.transport.unwatch(known.beat_endpoint)
+            self.transport.watch(known.beat_endpoint, server_key=known.public_key)
         said = member_from(about, node_id=peer, public_key=known.public_key)
         if said is None or (said.name, said.endpoints, said.beat_endpoint) == (
             known.name,

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import random
 import secrets
 import threading
@@ -30,7 +29,7 @@ from broker_free.errors import (
 )
 from broker_free.frames import Frame
 from broker_free.futures import fail, succeed
-from broker_free.home import lock, make_private
+from broker_free.home import lock, make_private, unlock
 from broker_free.membership import Member
 from broker_free.mesh import Mesh
 from broker_free.message import Envelope
@@ -306,7 +305,7 @@ class Owner:
         if (store := getattr(self, "_store", None)) is not None:
             store.close()
         if self._lock_fd >= 0:
-            os.close(self._lock_fd)
+            unlock(self._lock_fd)
 
     def _loop_until_stopped(self) -> None:
         timeout_ms = 0
@@ -343,6 +342,9 @@ class Owner:
             self.tell(succeed, question.future, question.fn())
         except BrokerFreeError as error:
             self.tell(fail, question.future, error)
+        except BaseException as error:
+            self.tell(fail, question.future, error)
+            raise  # ours, not the caller's: the node ends, and whoever asked knows
 
     def _on_event(self, event: Connected | Closed | Received | Beat, now_ms: int) -> None:
         match event:

@@ -21,6 +21,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def require_fault(can_be_made: bool, reason: str) -> None:
+    """Skip a fault that this machine cannot make; a failure where ZMAIL_REQUIRE_ROOT_FAULTS=1 says that it must."""
+    if can_be_made:
+        return
+    if os.environ.get("ZMAIL_REQUIRE_ROOT_FAULTS") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """How one command ended."""

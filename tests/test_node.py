@@ -27,6 +27,7 @@ from broker_free.errors import (
     UnknownPeer,
     UnsuitableHome,
 )
+from broker_free.limits import Limits
 from broker_free.message import Envelope
 
 T = TypeVar("T")
@@ -61,6 +62,30 @@ def test_an_invitation_makes_both_sides_each_others_peers(tmp_path: Path) -> Non
             await until(lambda: all(peer.link == "open" for peer in a.peers()))
             assert [(p.name, p.node_id, p.state) for p in a.peers()] == [("b", b.node_id, "alive")]
             assert [(p.name, p.node_id, p.state) for p in b.peers()] == [("a", a.node_id, "alive")]
+
+    run(main())
+
+
+def test_both_sides_of_a_pairing_hear_each_others_beats(tmp_path: Path) -> None:
+    limits = Limits(heartbeat_ms=100, suspect_after_ms=1_500, down_after_ms=3_000)
+
+    async def main() -> None:
+        async with (
+            Node("a", home=tmp_path / "a", limits=limits) as a,
+            Node("b", home=tmp_path / "b", limits=limits) as b,
+        ):
+            heard = {node.name: asyncio.Event() for node in (a, b)}
+            for node in (a, b):
+                take_in = node._running()._on_beat
+                node._running()._on_beat = (  # type: ignore[method-assign]  # there is no public sign of one beat
+                    lambda parts, now_ms, node=node, take_in=take_in: (
+                        node._running()._loop.call_soon_threadsafe(heard[node.name].set),
+                        take_in(parts, now_ms),
+                    )
+                )
+            await pair(a, b)
+            for event in heard.values():
+                await asyncio.wait_for(event.wait(), 10)
 
     run(main())
 
@@ -495,6 +520,22 @@ def test_whoever_waits_for_a_delivery_hears_that_the_node_has_closed(tmp_path: P
             await asyncio.sleep(0)
         with pytest.raises(NodeClosed):
             await waiting
+
+    run(main())
+
+
+def test_whoever_asks_a_node_that_has_failed_is_told_so(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a:
+            owner = a._running()
+            broken = asyncio.ensure_future(owner.ask(lambda: 1 // 0))
+            behind_it = asyncio.ensure_future(a.refused())
+            with pytest.raises(ZeroDivisionError):
+                await broken
+            with pytest.raises(NodeClosed):
+                await behind_it
+            with pytest.raises(NodeClosed):
+                await a.refused()
 
     run(main())
 
