@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from broker_free.node import Node as Node
     from broker_free.node import Receipt as Receipt
     from broker_free.schema import Migrations as Migrations
+    from broker_free.tick import Alarm as Alarm
     from broker_free.tick import Tx as Tx
 
 _HOME = {
+    "Alarm": "tick",
     "BrokerFreeError": "errors",
     "DoorClient": "client",
     "Limits": "limits",
@@ -27,7 +29,7 @@ _HOME = {
     "Tx": "tick",
 }
 
-__all__ = ["BrokerFreeError", "DoorClient", "Limits", "Migrations", "Node", "Receipt", "Tx"]
+__all__ = ["Alarm", "BrokerFreeError", "DoorClient", "Limits", "Migrations", "Node", "Receipt", "Tx"]
 
 
 def __getattr__(name: str) -> Any:  # the type depends on the name asked for

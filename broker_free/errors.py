@@ -3,7 +3,9 @@
 BrokerFreeError
 ├ InvalidInput            refused before anything changed
 │ ├ TooLarge              over a limit of `Limits`
-│ └ NotOwner              a registry key that belongs to another node
+│ ├ NotOwner              a registry key that belongs to another node
+│ ├ Conflict              this id was used before, for another message
+│ └ MalformedFrame        what a peer sent is no frame of this protocol
 ├ UnknownPeer             no such member of the mesh
 ├ PairingRefused          an invitation that is wrong, used or over
 ├ UnsuitableHome          a state folder that cannot keep the promises
@@ -46,6 +48,18 @@ class TooLarge(InvalidInput):
 
 class NotOwner(InvalidInput):
     code = "not-owner"
+
+
+class Conflict(InvalidInput):
+    code = "conflict"
+
+
+class MalformedFrame(InvalidInput):
+    code = "malformed-frame"
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason  # kebab-case: under this it is counted
 
 
 class UnknownPeer(BrokerFreeError):

@@ -49,6 +49,9 @@ class Limits:
     credit_messages: int = 256  # un-acked messages a peer may have on the wire
     credit_kib: int = 4 * KIB
     in_doubt_max: int = 256  # ids listed in a resync; more are sent again and recognised as duplicates
+    backlog_messages_max: int = 10_000  # unsettled jobs: from here on peers must wait, until half is done
+    slow_store_ms: int = 1_000  # a tick that took so long makes the peers wait as long again
+    alarm_repeat_ms: int = 600_000  # the same alarm of the same peer is told once in this time
 
     tick_operations_max: int = 128  # group commit, never waiting for more; half a window: both ends work
     poll_frames_max: int = 1_024  # drained from the sockets in one tick

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from random import Random
 from types import MappingProxyType
+from typing import Final
 
 from broker_free.errors import InvalidInput, TooLarge
 from broker_free.limits import Limits
 from broker_free.outside import load_json
 from broker_free.subject import check_subject
+
+CONFLICT: Final = "conflict: another message has this id"
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _to_json = json.JSONEncoder(
@@ -139,6 +142,11 @@ def check_message(message: Message, limits: Limits) -> bytes:
     if len(meta) > limits.metadata_bytes_max:
         raise TooLarge(f"headers of {len(meta)} bytes; the limit is {limits.metadata_bytes_max}")
     return meta
+
+
+def refusal_of(error: InvalidInput) -> str:
+    """Say in a REJECT why a message can never be taken: a code, then what a person reads."""
+    return f"{'too-large' if isinstance(error, TooLarge) else 'malformed'}: {error.message}"
 
 
 def digest_of(*, sender: str, lane: int, meta: bytes, body: bytes) -> bytes:

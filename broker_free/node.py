@@ -40,7 +40,7 @@ from broker_free.security import Invitation
 from broker_free.store import Reader
 from broker_free.subject import matches
 from broker_free.subscription import Subscription
-from broker_free.tick import Effect, Outcome, Publish, Transact, Tx, Work
+from broker_free.tick import Alarm, Effect, Outcome, Publish, Transact, Tx, Work
 from broker_free.transport import new_keypair
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ class Node:
         self._subscription_numbers = itertools.count(1)
         self._on_delivered: list[Callable[[list[tuple[str, str]]], None]] = []
         self._on_dead: list[Callable[[list[tuple[str, str, str]]], None]] = []
+        self._on_alarm: list[Callable[[Alarm], None]] = []
         self._on_peer: list[Callable[[PeerView], None]] = []
         self._on_failed: list[Callable[[BaseException], None]] = []
         self._room = asyncio.Event()
@@ -170,6 +171,10 @@ class Node:
     def on_dead(self, fn: Callable[[list[tuple[str, str, str]]], None]) -> None:
         """Call `fn([(message id, peer, reason)])` on the loop when a message can never be delivered."""
         self._on_dead.append(fn)
+
+    def on_alarm(self, fn: Callable[[Alarm], None]) -> None:
+        """Call `fn(alarm)` on the loop when something happened that a person should look at: see `Alarm.kind`."""
+        self._on_alarm.append(fn)
 
     def on_peer(self, fn: Callable[[PeerView], None]) -> None:
         """Call `fn(view)` on the loop when a peer's presence changes."""
@@ -290,6 +295,11 @@ class Node:
         owner = self._running()
         return await owner.ask(owner.refused)
 
+    async def alarms(self) -> dict[str, int]:
+        """Count the alarms since the start, by kind."""
+        owner = self._running()
+        return await owner.ask(owner.alarms)
+
     async def invite(self, *, ttl_ms: int = 900_000, address: str | None = None) -> Invitation:
         """Make a one-time invitation. `address` (HOST:PORT) replaces the addresses found by themselves."""
         owner = self._running()
@@ -379,6 +389,7 @@ class Node:
             calls += [(fn, (outcome.delivered,)) for fn in self._on_delivered]
         if outcome.dead:
             calls += [(fn, (outcome.dead,)) for fn in self._on_dead]
+        calls += [(fn, (alarm,)) for alarm in outcome.alarms for fn in self._on_alarm]
         self._call(calls)
         self._room.set()
 

@@ -23,8 +23,8 @@ from broker_free.clock import mono_ms, utc_ms
 from broker_free.consumer import Lease, Leases
 from broker_free.errors import (
     BrokerFreeError,
-    InvalidInput,
     LeaseLost,
+    MalformedFrame,
     NodeClosed,
 )
 from broker_free.frames import Frame
@@ -73,6 +73,11 @@ class PeerView:
     rtt_ms: float | None  # of the last greeting
     last_seen_ms: int | None  # UTC
     endpoints: tuple[str, ...]
+    is_blocked: bool = False  # it has said that it takes no messages now; they wait here
+    credit: tuple[int, int] = (
+        0,
+        0,
+    )  # messages and bytes that may be on the wire to it; (0, 0) without a session
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,7 +167,17 @@ class Owner:
         return await future
 
     def refused(self) -> dict[str, int]:
-        return dict(self._transport.refused)
+        return dict(self._transport.refused + self._tick.refused)
+
+    def alarms(self) -> dict[str, int]:
+        return dict(self._tick.alarms)
+
+    def hold(self, reason: str, *, for_ms: int | None = None) -> None:
+        """Take no more messages from peers until `release(reason)`: low disk, a store that is in trouble."""
+        self._tick.hold(reason, for_ms=for_ms)
+
+    def release(self, reason: str) -> None:
+        self._tick.release(reason)
 
     # -- transactional functions (run inside a tick) --------------------------------------------------------
 
@@ -320,6 +335,11 @@ class Owner:
                 self._on_event(event, now_ms)
             work = self._take_work()
             outcome = self._tick.run(work)
+            took_ms = mono_ms() - now_ms
+            if took_ms >= self._limits.slow_store_ms:
+                self._tick.hold(
+                    "slow store", for_ms=2 * took_ms
+                )  # of the tick's own time, which began so long ago
             self._follow(outcome)
             if is_last and not self._queue:
                 self._tick.close()
@@ -362,8 +382,11 @@ class Owner:
     def _on_frames(self, conn: int, user_id: str, parts: list[bytes], now_ms: int) -> None:
         try:
             frame = frames.decode(parts, self._limits)
-        except InvalidInput as error:
-            log.warning("frame dropped", extra={"peer": user_id, "reason": error.message})
+        except MalformedFrame as error:
+            self._tick.refused[error.reason] += 1
+            log.debug("frame dropped", extra={"peer": user_id, "reason": error.message})
+            if error.reason == "frame-version" and parts[0][3] == frames.HELLO:
+                self._refuse_version(conn, user_id or self._tick.peer_of(conn), parts, error.message)
             return
         if self.mesh.frame(conn, user_id, frame):
             return
@@ -371,6 +394,15 @@ class Owner:
         if peer in self.mesh.members:
             self._heard(peer, now_ms)
             self._tick.frame(peer, conn, frame)
+
+    def _refuse_version(self, conn: int, peer: str, parts: list[bytes], reason: str) -> None:
+        """Answer a greeting in a version that cannot be read here, in that version: a BYE is the same in all."""
+        if peer not in self.mesh.members:
+            return
+        session = int.from_bytes(parts[1][:8], "big")
+        meta = {"reason": reason, "code": "version"}
+        self.send(conn, Frame(kind=frames.BYE, version=parts[0][2], session=session, meta=meta))
+        self._tick.raise_alarm("version", peer, reason)
 
     def _follow(self, outcome: Outcome) -> None:
         """Draw this side's conclusions from a tick, then tell the loop."""
@@ -383,6 +415,10 @@ class Owner:
         for peer, reason in outcome.lost:
             self._dirty.add(peer)
             log.info("session lost", extra={"peer": peer, "reason": reason})
+        for peer in outcome.blocked:
+            self._dirty.add(peer)
+            is_blocked = peer in self._tick.links and self._tick.links[peer].is_blocked
+            log.info("peer takes no messages" if is_blocked else "peer takes messages", extra={"peer": peer})
         if (
             outcome.results
             or outcome.failures
@@ -391,6 +427,7 @@ class Owner:
             or outcome.arrivals
             or outcome.callbacks
             or outcome.entries
+            or outcome.alarms
         ):
             self.tell(self._node.take, outcome)
         if self._dirty:
@@ -494,4 +531,6 @@ class Owner:
             rtt_ms=self._rtt.get(member.node_id),
             last_seen_ms=self._seen_ms.get(member.node_id),
             endpoints=member.endpoints,
+            is_blocked=link.is_blocked,
+            credit=link.credit,
         )

@@ -35,17 +35,19 @@ from urllib.parse import quote
 import peewee as pw
 
 from broker_free import faults
-from broker_free.errors import DiskLow, InvalidInput, OutboxFull, StoreFailed, UnsuitableHome
+from broker_free.errors import Conflict, DiskLow, InvalidInput, OutboxFull, StoreFailed, UnsuitableHome
 from broker_free.limits import MIB, Limits
-from broker_free.link import Queued
+from broker_free.link import Held, Queued
 from broker_free.membership import Member
 from broker_free.message import (
+    CONFLICT,
     Envelope,
     Message,
     digest_of,
     id_from_bytes,
     id_to_bytes,
     parse_metadata,
+    refusal_of,
 )
 from broker_free.registry import Entry
 from broker_free.schema import (
@@ -190,6 +192,7 @@ class Store:
         self._next_inbox = self._next_outbox = self._next_message = 1
         self._next_due_ms: int | None = None
         self._has_seen = False
+        self.backlog = 0
 
     # -- life -----------------------------------------------------------------------------------------------
 
@@ -253,6 +256,9 @@ class Store:
         self._consumers = one("SELECT id, pattern FROM consumer").fetchall()
         self._next_due_ms = one("SELECT min(due_ms) FROM inbox WHERE due_ms IS NOT NULL").fetchone()[0]
         self._has_seen = one("SELECT EXISTS (SELECT 1 FROM seen)").fetchone()[0] == 1
+        self.backlog = one(
+            "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM inbox WHERE due_ms IS NOT NULL)"
+        ).fetchone()[0]
         self._counts = {}
         self._settled = []
         self._forget_queued()
@@ -305,7 +311,7 @@ class Store:
         self.write_queued()
         with self._translating():
             self._conn.execute("SAVEPOINT bf")  # nests: the innermost of a name is meant
-        settled = len(self._settled)
+        settled, backlog = len(self._settled), self.backlog
         try:
             yield
         except BaseException as error:
@@ -313,6 +319,7 @@ class Store:
                 self._conn.execute("ROLLBACK TO bf")
                 self._conn.execute("RELEASE bf")
             del self._settled[settled:]
+            self.backlog = backlog
             self._forget_queued()
             self._counts = {}
             if isinstance(error, (sqlite3.OperationalError, pw.OperationalError)) and _is_of_the_disk(
@@ -350,7 +357,7 @@ class Store:
             try:
                 message = parse_metadata(meta, body, self._limits)
             except InvalidInput as error:
-                parsed.append(error.message)
+                parsed.append(refusal_of(error))
                 continue
             digest = digest_of(sender=sender, lane=lane, meta=meta, body=body)
             parsed.append((id_to_bytes(message.id), meta, digest, message))
@@ -390,9 +397,7 @@ class Store:
             copy = known.get(raw_id)
             if copy is not None:
                 same = copy[1] == digest
-                accepted.append(
-                    Accepted(row=copy[0]) if same else Accepted(refused="another message has this id")
-                )
+                accepted.append(Accepted(row=copy[0]) if same else Accepted(refused=CONFLICT))
                 continue
             row = self._next_inbox
             self._next_inbox += 1
@@ -416,6 +421,7 @@ class Store:
                 return None
             if jobs:
                 self._conn.executemany("INSERT INTO job (consumer, row) VALUES (?, ?)", jobs)
+                self.backlog += len(jobs)
         return accepted
 
     def _known(self, peer: int, ids: Sequence[bytes]) -> dict[bytes, tuple[int, bytes]]:
@@ -447,6 +453,7 @@ class Store:
                 (INBOX_DEAD if is_dead else NEW, attempts, due_ms, reason, row),
             )
         if due_ms is not None:
+            self.backlog += 1
             self._next_due_ms = min(due_ms, self._next_due_ms or due_ms)
 
     def has_due(self, now_ms: int) -> bool:
@@ -463,6 +470,7 @@ class Store:
             self._conn.executemany(
                 "UPDATE inbox SET due_ms = NULL WHERE row = ?", [(row[0],) for row in rows]
             )
+            self.backlog -= len(rows)
             self._next_due_ms = self._conn.execute(
                 "SELECT min(due_ms) FROM inbox WHERE due_ms IS NOT NULL"
             ).fetchone()[0]
@@ -497,6 +505,7 @@ class Store:
             self._conn.executemany(
                 f"UPDATE inbox SET state = {CLAIMED} WHERE row = ?", [(row,) for row in rows]
             )
+            self.backlog += len(rows)
         self._consumers.append((number, pattern))
         return int(number)
 
@@ -521,6 +530,7 @@ class Store:
         """Settle a job. Returns whether it was still there to be settled."""
         with self._translating():
             found = self._conn.execute("DELETE FROM job WHERE consumer = ? AND row = ?", (consumer, row))
+            self.backlog -= found.rowcount
             self._conn.execute(
                 f"UPDATE inbox SET state = {DONE} WHERE row = ? AND NOT EXISTS (SELECT 1 FROM job WHERE row = ?)",
                 (row, row),
@@ -548,15 +558,15 @@ class Store:
         may_repeat: bool = True,
     ) -> list[tuple[str, int]]:
         raw_id = id_to_bytes(message.id)
+        digest = digest_of(sender=self._me, lane=0, meta=meta, body=message.body)
         if may_repeat:
-            recipients = [peer for peer in recipients if not self._has_queued(peer, raw_id)]
+            recipients = [peer for peer in recipients if not self._has_queued(peer, raw_id, digest)]
         if not recipients:
             return []
         size = len(meta) + len(message.body)
         for peer in recipients:
             self._check_room(peer, size)
         number, self._next_message = self._next_message, self._next_message + 1
-        digest = digest_of(sender=self._me, lane=0, meta=meta, body=message.body)
         self._new_messages.append((number, raw_id, meta, message.body, digest, len(recipients)))
         expires_ms = now_ms + (ttl_ms or self._limits.ttl_ms_default)
         queued: list[tuple[str, int]] = []
@@ -566,12 +576,19 @@ class Store:
             queued.append((peer, row))
         return queued
 
-    def _has_queued(self, peer: str, raw_id: bytes) -> bool:
+    def _has_queued(self, peer: str, raw_id: bytes, digest: bytes) -> bool:
+        """Say whether this message is in the outbox for `peer`. Raises Conflict when another one has its id."""
         self.write_queued()
         with self._translating():
             found = self._conn.execute(
-                "SELECT 1 FROM outbox WHERE peer = ? AND msg_id = ?", (self._peer_id(peer), raw_id)
+                "SELECT m.digest FROM outbox o JOIN message m ON m.id = o.message WHERE o.peer = ? AND o.msg_id = ?",
+                (self._peer_id(peer), raw_id),
             ).fetchone()
+        if found is not None and found[0] != digest:
+            raise Conflict(
+                f"the id {id_from_bytes(raw_id)} was used before, for another message to {peer}",
+                hint="give each message an id of its own",
+            )
         return found is not None
 
     def write_queued(self) -> None:
@@ -620,12 +637,14 @@ class Store:
                 [(now_ms, number, id_to_bytes(one)) for one in ids],
             )
 
-    def mark_dead(self, peer: str, row: int, reason: str, now_ms: int) -> None:
+    def mark_dead(self, peer: str, message_id: str, reason: str, now_ms: int) -> bool:
         with self._translating():
-            self._conn.execute(
-                f"UPDATE outbox SET state = {DEAD}, settled_ms = ?, reason = ? WHERE row = ? AND state = {QUEUED}",
-                (now_ms, reason, row),
+            cursor = self._conn.execute(
+                f"UPDATE outbox SET state = {DEAD}, settled_ms = ?, reason = ?"
+                f" WHERE peer = ? AND msg_id = ? AND state = {QUEUED}",
+                (now_ms, reason, self._peer_id(peer), id_to_bytes(message_id)),
             )
+        return cursor.rowcount == 1
 
     def note_acked(self, peer: str, message_id: str, row: int) -> None:
         with self._translating():
@@ -647,13 +666,14 @@ class Store:
 
     # -- what the link reads (committed, because it reads between transactions) -----------------------------
 
-    def in_doubt(self, peer: str, limit: int) -> list[str]:
+    def in_doubt(self, peer: str, limit: int) -> list[tuple[str, bytes]]:
         with self._translating():
             rows = self._conn.execute(
-                f"SELECT msg_id FROM outbox WHERE peer = ? AND state = {QUEUED} ORDER BY row LIMIT ?",
+                "SELECT o.msg_id, m.digest FROM outbox o JOIN message m ON m.id = o.message"
+                f" WHERE o.peer = ? AND o.state = {QUEUED} ORDER BY o.row LIMIT ?",
                 (self._peer_id(peer), limit),
             ).fetchall()
-        return [id_from_bytes(raw_id) for (raw_id,) in rows]
+        return [(id_from_bytes(raw_id), digest) for raw_id, digest in rows]
 
     def queued_after(self, peer: str, row: int, *, messages: int, size: int) -> list[Queued]:
         with self._translating():
@@ -671,7 +691,7 @@ class Store:
             cursor.close()
         return queued
 
-    def held(self, peer: str, ids: Sequence[str]) -> list[tuple[int, int]]:
+    def held(self, peer: str, ids: Sequence[str], digests: Sequence[bytes]) -> Held:
         raw_ids = []
         for one in ids:
             try:
@@ -679,7 +699,15 @@ class Store:
             except InvalidInput:
                 raw_ids.append(b"")  # keeps the indexes; no row has it
         known = self._known(self._peer_id(peer), raw_ids)
-        return [(index, known[raw_id][0]) for index, raw_id in enumerate(raw_ids) if raw_id in known]
+        held = Held([], [])
+        for index, raw_id in enumerate(raw_ids):
+            if raw_id in known:
+                row, digest = known[raw_id]
+                if not digests or digests[index] == digest:
+                    held.have.append((index, row))
+                else:
+                    held.conflicts.append(index)
+        return held
 
     def last_acked(self, peer: str) -> tuple[str, int] | None:
         with self._translating():

@@ -27,11 +27,11 @@ from random import Random
 from typing import Any, Final, Literal, NamedTuple
 
 from broker_free import frames
-from broker_free.errors import InvalidInput, OutcomeUnknown, StoreFailed
+from broker_free.errors import Conflict, InvalidInput, OutcomeUnknown, StoreFailed
 from broker_free.frames import Frame
 from broker_free.limits import Limits
-from broker_free.link import Queued
-from broker_free.message import Envelope, Message, parse_metadata
+from broker_free.link import Held, Queued
+from broker_free.message import CONFLICT, Envelope, Message, digest_of, parse_metadata, refusal_of
 from broker_free.registry import Entry, Registry
 from broker_free.tick import Accepted, Effect, Outcome, Publish, Tick, Transact, Tx, Work
 
@@ -302,12 +302,12 @@ class SimJournal:
         try:
             message = parse_metadata(meta, body, self._limits)
         except InvalidInput as error:
-            return Accepted(refused=error.message)
+            return Accepted(refused=refusal_of(error))
         first = self.known.get((sender, message.id))
         if first is not None:
             known = self.inbox[first]
             is_same = (known.lane, known.meta, known.body) == (lane, meta, body)
-            return Accepted(row=first) if is_same else Accepted(refused="another message has this id")
+            return Accepted(row=first) if is_same else Accepted(refused=CONFLICT)
         row = self._number("inbox")
         self._set(self.inbox, row, InboxRow(sender, message.id, lane, meta, body, message.subject))
         self._set(self.known, (sender, message.id), row)
@@ -341,6 +341,10 @@ class SimJournal:
             envelopes.append(_envelope(row, kept.sender, parse_metadata(kept.meta, kept.body, self._limits)))
         return envelopes
 
+    @property
+    def backlog(self) -> int:
+        return len(self._due)
+
     def waits(self, row: int) -> bool:
         """Say whether the effect of an inbox row is to be tried again later."""
         return row in self._due
@@ -360,6 +364,10 @@ class SimJournal:
         self._fail_at("write")
         expires_ms = now_ms + (ttl_ms or self._limits.ttl_ms_default)
         rows: list[tuple[str, int]] = []
+        for peer in recipients:
+            known = self.outbox.get(self._rows_of.get((peer, message.id), 0))
+            if known is not None and (known.queued.meta, known.queued.body) != (meta, message.body):
+                raise Conflict(f"{message.id} was used before")
         for peer in recipients:
             if (peer, message.id) in self._rows_of:
                 assert may_repeat, "an id that was just made is not new"
@@ -406,8 +414,11 @@ class SimJournal:
             if row is not None:
                 self._settle_out(row, "delivered", now_ms)
 
-    def mark_dead(self, peer: str, row: int, reason: str, now_ms: int) -> None:
+    def mark_dead(self, peer: str, message_id: str, reason: str, now_ms: int) -> bool:
+        row = self._rows_of.get((peer, message_id), 0)
+        is_queued = row in self._queued_for(peer)
         self._settle_out(row, "dead", now_ms)
+        return is_queued
 
     def note_acked(self, peer: str, message_id: str, row: int) -> None:
         if row > self.acked.get(peer, ("", 0))[1]:
@@ -444,8 +455,11 @@ class SimJournal:
 
     # -- what the link reads --------------------------------------------------------------------------------
 
-    def in_doubt(self, peer: str, limit: int) -> list[str]:
-        return [queued.id for queued in islice(self._queued_for(peer).values(), limit)]
+    def in_doubt(self, peer: str, limit: int) -> list[tuple[str, bytes]]:
+        return [
+            (queued.id, digest_of(sender=self._me, lane=0, meta=queued.meta, body=queued.body))
+            for queued in islice(self._queued_for(peer).values(), limit)
+        ]
 
     def queued_after(self, peer: str, row: int, *, messages: int, size: int) -> list[Queued]:
         found: list[Queued] = []
@@ -458,13 +472,19 @@ class SimJournal:
                 break
         return found
 
-    def held(self, peer: str, ids: Sequence[str]) -> list[tuple[int, int]]:
-        known = self.known
-        return [
-            (index, known[peer, message_id])
-            for index, message_id in enumerate(ids)
-            if (peer, message_id) in known
-        ]
+    def held(self, peer: str, ids: Sequence[str], digests: Sequence[bytes]) -> Held:
+        held = Held([], [])
+        for index, message_id in enumerate(ids):
+            number = self.known.get((peer, message_id))
+            if number is None:
+                continue
+            row = self.inbox[number]
+            digest = digest_of(sender=peer, lane=row.lane, meta=row.meta, body=row.body)
+            if not digests or digests[index] == digest:
+                held.have.append((index, number))
+            else:
+                held.conflicts.append(index)
+        return held
 
     def last_acked(self, peer: str) -> tuple[str, int] | None:
         return self.acked.get(peer)
@@ -1385,6 +1405,8 @@ class Cluster:
         for message_id, peer in outcome.delivered:
             self.oracle.delivered(node, message_id, peer)
         for work, error in outcome.failures:
+            if isinstance(error, Conflict) and self._is_conflict(work):
+                continue  # the caller's own mistake, told to the caller
             if not isinstance(error, (StoreFailed, _Refused)):
                 raise error
             if isinstance(work, Publish):
@@ -1397,6 +1419,9 @@ class Cluster:
             for work, error in outcome.failures:
                 what = f"publish {work.message.id[-4:]}" if isinstance(work, Publish) else "transact"
                 self._say(f"{node.name} could not {what}: {error}")
+
+    def _is_conflict(self, work: Work) -> bool:
+        return isinstance(work, Publish) and work.message.id in self.oracle.conflicts
 
     def _lost(self, node: SimNode, work: Sequence[Work]) -> None:
         self._unsure += [(node, one) for one in work if isinstance(one, Publish)]

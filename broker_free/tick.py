@@ -22,6 +22,7 @@ import heapq
 import inspect
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ from broker_free.errors import (
     TransactionMisused,
     UnknownPeer,
 )
-from broker_free.frames import INTEREST, REGISTRY, Frame
+from broker_free.frames import ALARM, INTEREST, REGISTRY, Frame
 from broker_free.limits import Limits
 from broker_free.link import Ledger, Link, Queued
 from broker_free.message import Envelope, Message, check_message, new_id
@@ -54,6 +55,8 @@ T = TypeVar("T")
 
 _SUBJECTS_REMEMBERED = 10_000
 _WAKE_MS_MAX = 60_000
+_ALARMS_REMEMBERED = 10_000
+_LAGGING = "consumers lag behind"
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen, like all that is made once a message: it would cost 1 µs
@@ -62,7 +65,18 @@ class Accepted:
 
     row: int = 0  # of the inbox, that of the first copy for a duplicate; 0 when refused
     envelope: Envelope | None = None  # None for a duplicate
-    refused: str | None = None
+    refused: str | None = None  # why, beginning with a code: too-large, malformed, conflict …
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """Something that a person should look at. Everything goes on as well as it can meanwhile."""
+
+    # clone: two live boots of one node id · conflict: one message id for two messages · regression: a peer's store
+    # went back in time · version: no common protocol version
+    kind: str
+    peer: str
+    detail: str
 
 
 class Journal(Ledger, Protocol):
@@ -81,6 +95,11 @@ class Journal(Ledger, Protocol):
 
     def settle(self, row: int) -> None:
         """An effect has dealt with this inbox row."""
+        ...
+
+    @property
+    def backlog(self) -> int:
+        """How many messages wait here for consumers, or for an effect to be tried again. Costs next to nothing."""
         ...
 
     def failed(self, row: int, reason: str, now_ms: int) -> None:
@@ -117,7 +136,10 @@ class Journal(Ledger, Protocol):
 
     def mark_delivered(self, rows: Sequence[tuple[str, int]], now_ms: int) -> None: ...
     def mark_delivered_ids(self, peer: str, ids: Sequence[str], now_ms: int) -> None: ...
-    def mark_dead(self, peer: str, row: int, reason: str, now_ms: int) -> None: ...
+    def mark_dead(self, peer: str, message_id: str, reason: str, now_ms: int) -> bool:
+        """Give a queued message up; False when it is not queued any more."""
+        ...
+
     def note_acked(self, peer: str, message_id: str, row: int) -> None:
         """Remember what `peer` acked under its highest row so far; a lower row changes nothing."""
         ...
@@ -242,6 +264,8 @@ class Outcome:
     opened: list[tuple[str, links.Opened]] = field(default_factory=list)
     lost: list[tuple[str, str]] = field(default_factory=list)  # (peer, reason)
     regressed: list[str] = field(default_factory=list)
+    blocked: list[str] = field(default_factory=list)  # peers that began or ceased to take messages
+    alarms: list[Alarm] = field(default_factory=list)
     error: StoreFailed | None = None  # why the transaction failed; the first five lists are empty then
 
 
@@ -279,6 +303,8 @@ class _Inputs:
 class Tick:
     """The engine of a node: its links, its effects, and the order in which things happen."""
 
+    refused: Counter[str]  # what peers sent that means nothing here, by reason
+    alarms: Counter[str]  # by kind, those included that were not told again
     link_type: type[Link] = Link  # the simulator leaves rules out here, one at a time
 
     def __init__(
@@ -298,6 +324,15 @@ class Tick:
         self.interest: tuple[str, ...] = ()  # this node's own patterns
         self.interests: dict[str, tuple[str, ...]] = {}  # of each peer
         self.links: dict[str, Link] = {}
+        self.refused = Counter()
+        self.alarms = Counter()
+        self._told_ms: dict[tuple[str, str], int] = {}  # (kind, peer) of alarms -> when it was told last
+        self._holds: dict[str, int | None] = {}  # why this node takes no messages -> until when
+        self._controls: dict[int, Callable[[str, Frame], None]] = {
+            REGISTRY: self._on_registry,
+            INTEREST: self._on_interest,
+            ALARM: self._on_alarm,
+        }
         self._boot = boot
         self._about = about
         self._journal = journal
@@ -353,6 +388,8 @@ class Tick:
             limits=self._limits,
             random=self._random,
         )
+        if self._holds:
+            self._do(peer, self.links[peer].grant(0, 0))
         self._places += 1
         self._place[peer] = self._places
         self._stirred.add(peer)
@@ -366,6 +403,35 @@ class Tick:
         link = self.links.get(peer)
         if link is not None:
             self._do(peer, link.ping(self._now_ms))
+
+    def hold(self, reason: str, *, for_ms: int | None = None) -> None:
+        """Take no more messages from any peer until `release(reason)`, or for a time. Peers are told, and wait.
+
+        Backpressure, not an error: what is under way still arrives, and what waits loses nothing by it.
+        """
+        if reason not in self._holds:
+            log.warning("taking no more messages", extra={"reason": reason})
+        self._holds[reason] = None if for_ms is None else self._now_ms + for_ms
+        self._grant_all()
+
+    def release(self, reason: str) -> None:
+        """Take messages again, unless there is another reason not to."""
+        if reason in self._holds:
+            del self._holds[reason]
+            log.info("taking messages again", extra={"reason": reason})
+            self._grant_all()
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """Why this node takes no messages now; empty when it does."""
+        return tuple(self._holds)
+
+    def _grant_all(self) -> None:
+        window = (0, 0) if self._holds else (self._limits.credit_messages, self._limits.credit_kib)
+        for peer, link in self.links.items():
+            actions = link.grant(*window)
+            if actions:
+                self._do(peer, actions)
 
     def remove_peer(self, peer: str) -> None:
         link = self.links.get(peer)
@@ -409,14 +475,35 @@ class Tick:
     def run(self, work: Sequence[Work]) -> Outcome:
         """Finish the tick: one transaction if there is anything to write, then its consequences."""
         self._stir_due()
+        if self._holds:
+            self._release_due()
         for peer in self._to_visit():
             self._do(peer, self.links[peer].on_tick(self._now_ms))
         if work or self._inputs or self._marks_are_due() or self._journal.has_due(self._utc_ms):
             self._transaction(work)
+        self._weigh_backlog()
         if self._stirred:
             self._follow_up()
         outcome, self._outcome = self._outcome, Outcome()
         return outcome
+
+    def _release_due(self) -> None:
+        over = [
+            reason
+            for reason, until_ms in self._holds.items()
+            if until_ms is not None and self._now_ms >= until_ms
+        ]
+        for reason in over:
+            self.release(reason)
+
+    def _weigh_backlog(self) -> None:
+        """Stop the peers when consumers here lag too far behind, and let them go on at half of that."""
+        waiting, most = self._journal.backlog, self._limits.backlog_messages_max
+        if waiting >= most:
+            if _LAGGING not in self._holds:
+                self.hold(_LAGGING)
+        elif self._holds and _LAGGING in self._holds and waiting <= most // 2:
+            self.release(_LAGGING)
 
     def _follow_up(self) -> None:
         visited = self._to_visit()
@@ -452,12 +539,14 @@ class Tick:
 
     def next_wake_ms(self) -> int:
         """Return the monotonic time at which `run` has something to do though nothing arrives."""
-        if self._stirred:
+        if self._stirred or self._inputs:
             return self._now_ms
         alarms = self._alarms
         while alarms and self._alarm_ms.get(alarms[0][2]) != alarms[0][0]:
             heapq.heappop(alarms)
         wake_ms = alarms[0][0] if alarms else self._now_ms + _WAKE_MS_MAX
+        for until_ms in self._holds.values():
+            wake_ms = wake_ms if until_ms is None else min(wake_ms, until_ms)
         return wake_ms if self._marks_due_ms is None else min(wake_ms, self._marks_due_ms)
 
     def close(self) -> None:
@@ -509,12 +598,15 @@ class Tick:
             journal.note_acked(peer, *resync.last)
             faults.reach("in-resync")
         for peer, rejected in inputs.rejected:
-            journal.mark_dead(peer, rejected.row, rejected.reason, utc_ms)
-            outcome.dead.append((rejected.id, peer, rejected.reason))
+            if journal.mark_dead(peer, rejected.id, rejected.reason, utc_ms):
+                outcome.dead.append((rejected.id, peer, rejected.reason))
+                if rejected.reason.startswith("conflict"):
+                    self.raise_alarm("conflict", peer, f"{rejected.id}: {rejected.reason}")
         for peer in inputs.regressed:
             count = journal.requeue(peer, utc_ms)
             faults.reach("in-requeue")
-            log.warning("peer's store went back in time", extra={"peer": peer, "requeued": count})
+            detail = f"its store went back in time; {count} delivered messages are queued again"
+            self.raise_alarm("regression", peer, detail)
         if inputs.entries:
             journal.registry_save(list(inputs.entries.values()))
         for peer, patterns in inputs.interests.items():
@@ -689,6 +781,8 @@ class Tick:
             _, row, at = acks.get((arrival.peer, arrived.session), (0, 0, 0))
             for seq, accepted in enumerate(arrival.accepted, start=first):
                 if accepted.refused is not None:
+                    if accepted.refused.startswith("conflict"):
+                        self.raise_alarm("conflict", arrival.peer, f"refused a message: {accepted.refused}")
                     self._do(
                         arrival.peer, link.reject(session=arrived.session, seq=seq, reason=accepted.refused)
                     )
@@ -736,8 +830,8 @@ class Tick:
                 case links.Send(conn, frame):
                     if self._wire.send(conn, frame):
                         has_sent = True
-                    elif self.links[peer].conn == conn:
-                        self._do(peer, self.links[peer].drop("could not send", self._now_ms))
+                    else:
+                        self._do(peer, self.links[peer].on_unsent(conn, self._now_ms))
                 case links.Close(conn):
                     self._dialled.pop(conn, None)
                     self._wire.close(conn)
@@ -762,6 +856,12 @@ class Tick:
                 case links.Lost(reason):
                     self._forget_marks(peer)
                     self._outcome.lost.append((peer, reason))
+                case links.Blocked():
+                    self._outcome.blocked.append(peer)
+                case links.Raised(kind, detail):
+                    self.raise_alarm(kind, peer, detail)
+                case links.Ignored(reason):
+                    self.refused[reason] += 1
                 case links.Control(frame):
                     self._on_control(peer, frame)
         return has_sent
@@ -778,16 +878,43 @@ class Tick:
         self._do(peer, self.links[peer].tell(INTEREST, body))
 
     def _on_control(self, peer: str, frame: Frame) -> None:
+        handler = self._controls.get(frame.kind)
+        if handler is None:
+            self.refused["frame-type"] += 1
+            return
         try:
-            if frame.kind == REGISTRY:
-                entries = decode_entries(frame.body, self._limits)
-                self.registry.judge(entries, now_ms=self._utc_ms, into=self._inputs.entries)
-            else:
-                patterns = _patterns_of(frame.body, self._limits)
-                if patterns != self.interests.get(peer):
-                    self._inputs.interests[peer] = patterns
+            handler(peer, frame)
         except InvalidInput as error:
+            self.refused["frame-metadata"] += 1
             self._do(peer, self.links[peer].drop(error.message, self._now_ms))
+
+    def _on_registry(self, peer: str, frame: Frame) -> None:
+        entries = decode_entries(frame.body, self._limits)
+        self.registry.judge(entries, now_ms=self._utc_ms, into=self._inputs.entries)
+
+    def _on_interest(self, peer: str, frame: Frame) -> None:
+        patterns = _patterns_of(frame.body, self._limits)
+        if patterns != self.interests.get(peer):
+            self._inputs.interests[peer] = patterns
+
+    def _on_alarm(self, peer: str, frame: Frame) -> None:
+        """A peer has noticed something that concerns this node."""
+        if frame.meta.get("kind") == "clone":
+            self.raise_alarm("clone", peer, f"peer said: {str(frame.meta.get('detail'))[:200]}")
+        else:
+            self.refused["frame-type"] += 1
+
+    def raise_alarm(self, kind: str, peer: str, detail: str) -> None:
+        """Count an alarm, and tell it unless the same was told a short while ago."""
+        self.alarms[kind] += 1
+        told_ms = self._told_ms.get((kind, peer))
+        if told_ms is not None and self._now_ms - told_ms < self._limits.alarm_repeat_ms:
+            return
+        if len(self._told_ms) >= _ALARMS_REMEMBERED:
+            self._told_ms.clear()
+        self._told_ms[kind, peer] = self._now_ms
+        log.warning("alarm", extra={"kind": kind, "peer": peer, "detail": detail})
+        self._outcome.alarms.append(Alarm(kind=kind, peer=peer, detail=detail))
 
     def _dial(self, peer: str, link: Link) -> None:
         conn = self._wire.dial(peer)

@@ -25,7 +25,7 @@ from typing import Any
 from broker_free import frames
 from broker_free.frames import Frame
 from broker_free.limits import Limits
-from broker_free.link import Action, Link, Queued
+from broker_free.link import Action, Held, Link, Queued
 from broker_free.message import Envelope, Message, check_message
 from broker_free.testing import SMALL, Cluster, Faults, SimJournal, Violation
 from broker_free.tick import Accepted, Tick
@@ -124,9 +124,9 @@ class _LastAckNotHighest(SimJournal):
 class _PrefixResync(SimJournal):
     """Answer "all up to here" in place of "these"."""
 
-    def held(self, peer: str, ids: Sequence[str]) -> list[tuple[int, int]]:
-        held = super().held(peer, ids)
-        return [(index, held[-1][1]) for index in range(held[-1][0] + 1)] if held else []
+    def held(self, peer: str, ids: Sequence[str], digests: Sequence[bytes]) -> Held:
+        have = super().held(peer, ids, digests).have
+        return Held([(index, have[-1][1]) for index in range(have[-1][0] + 1)] if have else [], [])
 
 
 class _StaleAckLink(Link):

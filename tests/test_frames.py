@@ -39,7 +39,7 @@ def test_a_pack_is_one_record_after_another() -> None:
 
 
 @given(
-    kind=st.sampled_from(sorted(set(frames.NAMES) - {frames.DATA})),
+    kind=st.sampled_from(sorted(set(frames.NAMES) - {frames.DATA, frames.EPHEMERAL})),
     session=st.integers(0, 2**64 - 1),
     seq=st.integers(0, 2**64 - 1),
     meta=st.dictionaries(
@@ -82,14 +82,57 @@ def test_any_frames_are_read_or_refused(parts: list[bytes]) -> None:
     [
         [b"BF\x01\x04", b"\0" * 24, b""],
         [b"XX\x01\x04", b"\0" * 24, b"", b""],
-        [b"BF\x02\x04", b"\0" * 24, b"", b""],
+        [b"BF\x03\x04", b"\0" * 24, b"", b""],
+        [b"BF\x00\x01", b"\0" * 24, b"", b""],
         [b"BF\x01\x04", b"\0" * 23, b"", b""],
         [b"BF\x01\x04", b"\0" * 24, b"[1]", b""],
         [b"BF\x01\x04", b"\0" * 24, b"{", b""],
         [b"BF\x01\x04", b"\0" * 24, b"[" * 10_000, b""],
-        [b"BF\x01\x04", b"\0" * 24, b" " * (LIMITS.metadata_bytes_max + 1), b""],
+        [b"BF\x01\x04", b"\0" * 24, b" " * (frames.META_BYTES_MAX + 1), b""],
     ],
 )
 def test_what_is_no_frame_is_refused(parts: list[bytes]) -> None:
     with pytest.raises(InvalidInput):
         frames.decode(parts, LIMITS)
+
+
+def test_the_session_s_version_stands_in_every_frame_and_the_lowest_in_a_greeting() -> None:
+    assert frames.encode(Frame(kind=frames.ACK, version=2))[0] == b"BF\x02\x04"
+    assert frames.encode(Frame(kind=frames.HELLO))[0] == b"BF\x01\x01"
+
+
+def test_a_goodbye_is_read_in_any_version() -> None:
+    parts = frames.encode(Frame(kind=frames.BYE, version=77, session=5, meta={"reason": "too old"}))
+    assert parts[0] == b"BF\x4d\x09"
+    back = frames.decode(parts, LIMITS)
+    assert (back.kind, back.session, back.meta["reason"]) == (frames.BYE, 5, "too old")
+
+
+def test_a_lifetime_stands_beside_the_record_it_belongs_to() -> None:
+    lone = frames.data_frame(session=1, seq=2, lane=0, records=[(b"{}", b"abc")], ttls=[1500], version=2)
+    assert frames.encode(lone) == [
+        b"BF\x02\x03",
+        b"\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02\0\x02\0\0\0\0\x05\xdc",
+        b"{}",
+        b"abc",
+    ]
+    pack = frames.data_frame(
+        session=1, seq=2, lane=0, records=[(b"{}", b"abc"), (b"{}", b"")], ttls=[1500, 0], version=2
+    )
+    assert (pack.flags, frames.encode(pack)[3]) == (
+        frames.FLAG_PACK | frames.FLAG_TTL,
+        b"\0\0\0\x02\0\0\0\x03\0\0\x05\xdc{}abc\0\0\0\x02\0\0\0\0\0\0\0\0{}",
+    )
+    assert (frames.ttls_of(lone), frames.ttls_of(pack)) == ((1500,), (1500, 0))
+    assert list(frames.records_of(pack)) == [(b"{}", b"abc"), (b"{}", b"")]
+
+
+@given(st.binary(max_size=300))
+def test_a_pack_with_lifetimes_of_any_bytes_is_read_or_refused(body: bytes) -> None:
+    frame = Frame(kind=frames.DATA, flags=frames.FLAG_PACK | frames.FLAG_TTL, body=body)
+    try:
+        records = list(frames.records_of(frame))
+    except InvalidInput:
+        return
+    assert len(frames.ttls_of(frame)) == len(records)
+    assert sum(12 + len(meta) + len(rest) for meta, rest in records) == len(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -20,15 +21,23 @@ CONN = 7
 ROW_4 = {"row": 4, "at": 4}
 
 
-def make(me: str, peer: str, *, journal: SimJournal | None = None, boot: int = 1) -> Link:
+def make(
+    me: str,
+    peer: str,
+    *,
+    journal: SimJournal | None = None,
+    boot: int = 1,
+    limits: Limits = LIMITS,
+    seed: int = 1,
+) -> Link:
     return Link(
         me=me,
         boot=boot,
         peer=peer,
         about=lambda: {"name": me[0]},
         ledger=journal or SimJournal(me),
-        limits=LIMITS,
-        random=Random(1),
+        limits=limits,
+        random=Random(seed),
     )
 
 
@@ -46,7 +55,7 @@ def kinds(actions: Sequence[link.Action]) -> list[str]:
 def opened(dialler: Link, listener: Link, conn: int = CONN) -> None:
     dialler.dialling(conn, 0)
     (hello,) = sent(dialler.on_connected(conn, 0))
-    (hello_ok,) = sent(listener.on_frame(conn, hello, 0))
+    hello_ok = sent(listener.on_frame(conn, hello, 0))[-1]  # after the BYE to a former session
     (ready,) = sent(dialler.on_frame(conn, hello_ok, 0))
     listener.on_frame(conn, ready, 0)
     for each in (dialler, listener):
@@ -150,7 +159,7 @@ def test_a_peer_that_has_started_again_is_not_taken_for_a_duplicate() -> None:
     again = make(B, A, boot=2)
     again.dialling(8, 0)
     (hello,) = sent(again.on_connected(8, 0))
-    assert kinds(small.on_frame(8, hello, 0)) == ["Close", "Lost", "HELLO_OK"]
+    assert kinds(small.on_frame(8, hello, 0)) == ["BYE", "Close", "Lost", "HELLO_OK"]
 
 
 def test_a_hello_in_anothers_name_is_refused() -> None:
@@ -337,6 +346,244 @@ def test_a_rejected_record_counts_as_settled() -> None:
     one, two = make(A, B), make(B, A)
     opened(one, two)
     (data,) = put(one, 1, 2)
-    (refusal,) = sent(two.reject(session=data.session, seq=2, reason="too large"))
-    assert one.on_frame(CONN, refusal, 0) == [link.Rejected(2, queued(2).id, "too large")]
+    (refusal,) = sent(two.reject(session=data.session, seq=2, reason="too-large: x"))
+    assert one.on_frame(CONN, refusal, 0) == [link.Rejected(queued(2).id, "too-large: x")]
     assert one.in_flight == 1
+
+
+# -- versions ---------------------------------------------------------------------------------------------------
+
+
+def greeted(dialler: Link, listener: Link, conn: int = CONN) -> list[link.Action]:
+    """Dial and greet; return what the listener answers."""
+    dialler.dialling(conn, 0)
+    (hello,) = sent(dialler.on_connected(conn, 0))
+    return listener.on_frame(conn, hello, 0)
+
+
+def test_a_greeting_leaves_in_the_lowest_version_and_the_session_runs_in_the_highest_common_one() -> None:
+    one, two = make(A, B), make(B, A)
+    one.dialling(CONN, 0)
+    (hello,) = sent(one.on_connected(CONN, 0))
+    assert (hello.version, hello.meta["protocol"], hello.meta["features"]) == (
+        1,
+        [1, 2],
+        sorted(frames.FEATURES),
+    )
+    (hello_ok,) = sent(two.on_frame(CONN, hello, 0))
+    (ready,) = sent(one.on_frame(CONN, hello_ok, 0))
+    two.on_frame(CONN, ready, 0)
+    one.pump()
+    (data,) = put(one, 1)
+    assert (hello_ok.version, ready.version, data.version) == (1, 2, 2)
+
+
+def test_a_peer_of_the_version_before_gets_frames_of_that_version() -> None:
+    two = make(B, A)
+    hello = Frame(
+        kind=frames.HELLO,
+        session=9,
+        credit_messages=9,
+        credit_kib=9,
+        meta={"node_id": A, "boot": 1, "in_doubt": []},
+    )
+    (hello_ok,) = sent(two.on_frame(CONN, hello, 0))
+    ready = Frame(
+        kind=frames.READY, session=9, credit_messages=9, credit_kib=9, meta={"nonce": hello_ok.meta["nonce"]}
+    )
+    assert kinds(two.on_frame(CONN, ready, 0)) == ["Opened"]
+    two.pump()
+    (data,) = put(two, 1)
+    assert (two.version, data.version, two.has(frames.CREDITS)) == (1, 1, False)
+
+
+@pytest.mark.parametrize("protocol", [[3, 4], [0, 0]])
+def test_without_a_common_version_both_sides_say_so_and_do_not_dial_again_soon(protocol: list[int]) -> None:
+    one, two = make(A, B), make(B, A)
+    two.dialling(CONN, 0)
+    (hello,) = sent(two.on_connected(CONN, 0))
+    strange = replace(hello, meta={**hello.meta, "protocol": protocol})
+    answer = one.on_frame(CONN, strange, 0)
+    assert kinds(answer) == ["BYE", "Raised", "Close"]
+    (bye,) = sent(answer)
+    assert (bye.meta["code"], bye.version) == ("version", 1)
+    told = two.on_frame(CONN, bye, 0)
+    assert kinds(told) == ["Close", "Raised"]
+    two.redial_now()
+    assert not two.wants_dial(LIMITS.redial_ms_max - 1), "a beat that is heard is no reason to try again"
+    assert two.wants_dial(LIMITS.redial_ms_max)
+
+
+def test_a_listener_of_a_strange_version_is_refused_by_the_dialler() -> None:
+    one, two = make(A, B), make(B, A)
+    (hello_ok,) = sent(greeted(one, two))
+    strange = replace(hello_ok, meta={**hello_ok.meta, "protocol": [3, 3]})
+    assert kinds(one.on_frame(CONN, strange, 0)) == ["BYE", "Raised", "Close"]
+    one.redial_now()
+    assert not one.wants_dial(LIMITS.redial_ms_max - 1)
+
+
+# -- what a peer takes ------------------------------------------------------------------------------------------
+
+
+def test_a_message_that_the_peer_never_takes_is_refused_here_and_the_next_one_leaves() -> None:
+    journal = SimJournal(A)
+    small = Limits(body_bytes_max=3, metadata_bytes_max=200)
+    journal.begin()
+    for number, (body, headers) in enumerate([(b"xxxx", {}), (b"x", {"h": "x" * 200}), (b"xxx", {})]):
+        message = Message(id=queued(number).id, subject="a.b", body=body, headers=headers)
+        journal.enqueue(message, metadata_of(message), [B], ttl_ms=None, now_ms=0)
+    journal.commit()
+    one, two = make(A, B, journal=journal), make(B, A, limits=small)
+    (hello_ok,) = sent(greeted(one, two))
+    one.on_frame(CONN, hello_ok, 0)
+    actions = one.pump()
+    assert kinds(actions) == ["Rejected", "Rejected", "DATA"]
+    reasons = [action.reason for action in actions if isinstance(action, link.Rejected)]
+    assert reasons[0] == "too-large: a body of 4 bytes; the peer takes 3"
+    assert reasons[1].startswith("too-large: metadata of")
+    too_large = replace(queued(9), body=b"xxxx")
+    assert not one.offer(too_large), "nor does a new one leave before its commit"
+
+
+def test_packs_are_no_larger_than_the_peer_takes() -> None:
+    one, two = make(A, B), make(B, A, limits=Limits(credit_messages=9, pack_messages_max=2, pack_bytes_max=5))
+    opened(one, two)
+    packs = put(one, 1, 2, 3)
+    assert [len(list(frames.records_of(pack))) for pack in packs] == [1, 1, 1], (
+        "two of three bytes each are six"
+    )
+    one, two = make(A, B), make(B, A, limits=Limits(credit_messages=9, pack_messages_max=2))
+    opened(one, two)
+    assert [len(list(frames.records_of(pack))) for pack in put(one, 1, 2, 3)] == [2, 1]
+
+
+# -- an id used twice -------------------------------------------------------------------------------------------
+
+
+def test_an_id_that_the_peer_holds_for_another_message_is_a_conflict_and_not_a_delivery() -> None:
+    mine, theirs = SimJournal(A), SimJournal(B)
+    message_id = queue(mine, B, 1)
+    other = Message(id=message_id, subject="a.b", body=b"other content")
+    theirs.begin()
+    theirs.accept(A, 0, [(metadata_of(other), other.body)], 0)
+    theirs.commit()
+    one, two = make(A, B, journal=mine), make(B, A, journal=theirs)
+    answer = greeted(one, two)
+    assert kinds(answer) == ["HELLO_OK", "Raised"]
+    hello_ok = sent(answer)[0]
+    assert (hello_ok.meta["have"], hello_ok.meta["conflicts"]) == ([], [0])
+    (conflict, *_) = one.on_frame(CONN, hello_ok, 0)
+    assert isinstance(conflict, link.Rejected)
+    assert (conflict.id, conflict.reason.split(":")[0]) == (message_id, "conflict")
+
+
+# -- two live boots of one node id ------------------------------------------------------------------------------
+
+
+def reach(one: Link, two: Link, conn: int, now_ms: int = 0) -> list[list[link.Action]]:
+    """Let `one` dial and greet, and carry frames both ways until nobody answers; return what each step gave."""
+    one.dialling(conn, now_ms)
+    steps = [one.on_connected(conn, now_ms)]
+    side = [two, one]
+    turn = 0
+    while answers := [frame for frame in sent(steps[-1]) if frame.kind not in (frames.PING, frames.ALARM)]:
+        steps.append([action for frame in answers for action in side[turn % 2].on_frame(conn, frame, now_ms)])
+        turn += 1
+    return steps
+
+
+def raised(steps: list[list[link.Action]]) -> list[str]:
+    return [action.kind for step in steps for action in step if isinstance(action, link.Raised)]
+
+
+def test_a_copy_of_a_node_takes_its_place_once_and_the_original_does_not_get_it_back() -> None:
+    hub, original, copy = make(B, A), make(A, B, boot=1, seed=2), make(A, B, boot=2, seed=3)
+    assert raised(reach(original, hub, 1)) == []
+    assert raised(reach(copy, hub, 2)) == [], "it may have been started again: nothing says that it was not"
+    original.on_frame(1, Frame(kind=frames.BYE, session=original._session.id), 0)  # type: ignore[union-attr]  # it is open
+    assert raised(reach(original, hub, 3)) == ["clone"], "the original learns that another boot is connected"
+    assert (hub.conn, copy.is_open, original.is_open) == (2, True, False)
+    original.redial_now()
+    assert not original.wants_dial(LIMITS.redial_ms_max - 1), "no war"
+    later_ms = LIMITS.redial_ms_max
+    steps = reach(original, hub, 4, later_ms)
+    assert raised(steps) == ["clone", "clone"], "by now it has proved to be alive: the hub knows too"
+    assert hub.conn == 2
+    (alarm,) = [frame for step in steps for frame in sent(step) if frame.kind == frames.ALARM]
+    assert copy.on_frame(2, alarm, later_ms) == [link.Control(alarm)], "and tells the copy"
+
+
+def test_a_late_greeting_of_a_former_boot_is_refused_without_an_alarm_at_the_peer() -> None:
+    hub, former, present = make(B, A), make(A, B, boot=1, seed=2), make(A, B, boot=2, seed=3)
+    former.dialling(1, 0)
+    (late,) = sent(former.on_connected(1, 0))
+    reach(former_again := make(A, B, boot=1, seed=4), hub, 2)
+    assert former_again.is_open
+    reach(present, hub, 3)
+    answer = hub.on_frame(1, late, 0)
+    assert kinds(answer) == ["BYE", "PING"]
+    assert (hub.conn, sent(answer)[0].meta["code"]) == (3, "clone")
+
+
+def test_a_former_boot_is_taken_when_the_present_one_is_gone_and_that_is_an_alarm() -> None:
+    hub, original, copy = make(B, A), make(A, B, boot=1, seed=2), make(A, B, boot=2, seed=3)
+    reach(original, hub, 1)
+    reach(copy, hub, 2)
+    original.on_closed(1, "cut", 0)
+    hub.on_closed(2, "cut", 0)
+    assert raised(reach(original, hub, 3)) == ["clone"]
+    assert (hub.conn, original.is_open) == (3, True)
+
+
+# -- backpressure -----------------------------------------------------------------------------------------------
+
+
+def test_a_window_that_changes_is_told_at_once_and_what_waited_leaves() -> None:
+    journal = SimJournal(A)
+    queue(journal, B, 1)
+    one, two = make(A, B, journal=journal), make(B, A)
+    assert two.grant(0, 0) == [], "nobody to tell yet: the greeting will"
+    reach(one, two, CONN)
+    assert (one.is_blocked, one.credit, one.pump()) == (True, (0, 0), [])
+    (credit,) = sent(two.grant(2, 4))
+    assert (credit.kind, two.grant(2, 4)) == (frames.CREDIT, [])
+    assert one.on_frame(CONN, credit, 0) == [link.Blocked(False)]
+    assert kinds(one.pump()) == ["DATA"]
+    (credit,) = sent(two.grant(2, 0))
+    assert one.on_frame(CONN, credit, 0) == [link.Blocked(True)], "no bytes, no messages"
+
+
+def test_a_blocked_sender_asks_from_time_to_time_and_the_answer_carries_the_window() -> None:
+    one, two = make(A, B), make(B, A)
+    two.grant(0, 0)
+    reach(one, two, CONN)
+    (ping,) = sent(one.on_tick(LIMITS.ack_silence_ms))
+    two.grant(4, 4)  # suppose that this CREDIT is lost
+    (pong,) = sent(two.on_frame(CONN, ping, 0))
+    assert one.on_frame(CONN, pong, 0) == [link.Blocked(False)]
+
+
+def test_a_lost_session_forgets_the_window() -> None:
+    one, two = make(A, B), make(B, A)
+    opened(one, two)
+    one.on_frame(CONN, sent(two.grant(0, 0))[0], 0)
+    assert one.is_blocked
+    one.on_closed(CONN, "cut", 0)
+    assert (one.is_blocked, one.credit) == (False, (0, 0))
+
+
+def test_a_greeting_that_cannot_be_sent_is_noticed_at_once() -> None:
+    one = make(A, B)
+    one.dialling(CONN, 0)
+    one.on_connected(CONN, 0)
+    assert kinds(one.on_unsent(CONN, 0)) == ["Close"]
+    assert one.next_wake_ms(0) <= LIMITS.redial_ms_min
+
+
+def test_a_frame_of_a_later_version_is_counted_and_changes_nothing() -> None:
+    one, two = make(A, B), make(B, A)
+    opened(one, two)
+    session = one._session.id  # type: ignore[union-attr]  # it is open
+    assert one.on_frame(CONN, Frame(kind=99, session=session), 0) == [link.Ignored("frame-type")]
+    assert one.is_open

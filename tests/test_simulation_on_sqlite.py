@@ -16,7 +16,7 @@ import pytest
 
 from broker_free import store as stores
 from broker_free.limits import Limits
-from broker_free.link import Queued
+from broker_free.link import Held, Queued
 from broker_free.membership import Member
 from broker_free.message import Envelope, Message
 from broker_free.registry import Entry
@@ -169,9 +169,9 @@ class TwinJournal(SimJournal):
         super().mark_delivered_ids(peer, ids, now_ms)
         self.real.mark_delivered_ids(peer, ids, now_ms)
 
-    def mark_dead(self, peer: str, row: int, reason: str, now_ms: int) -> None:
-        super().mark_dead(peer, row, reason, now_ms)
-        self.real.mark_dead(peer, row, reason, now_ms)
+    def mark_dead(self, peer: str, message_id: str, reason: str, now_ms: int) -> bool:
+        is_dead = super().mark_dead(peer, message_id, reason, now_ms)
+        return bool(the_same(is_dead, self.real.mark_dead(peer, message_id, reason, now_ms)))
 
     def note_acked(self, peer: str, message_id: str, row: int) -> None:
         super().note_acked(peer, message_id, row)
@@ -196,7 +196,7 @@ class TwinJournal(SimJournal):
 
     # -- what is read ---------------------------------------------------------------------------------------
 
-    def in_doubt(self, peer: str, limit: int) -> list[str]:
+    def in_doubt(self, peer: str, limit: int) -> list[tuple[str, bytes]]:
         return the_same(super().in_doubt(peer, limit), self.real.in_doubt(peer, limit))  # type: ignore[no-any-return]  # as above
 
     def queued_after(self, peer: str, row: int, *, messages: int, size: int) -> list[Queued]:
@@ -205,8 +205,8 @@ class TwinJournal(SimJournal):
             self.real.queued_after(peer, row, messages=messages, size=size),
         )
 
-    def held(self, peer: str, ids: Sequence[str]) -> list[tuple[int, int]]:
-        return the_same(super().held(peer, ids), self.real.held(peer, ids))  # type: ignore[no-any-return]  # as above
+    def held(self, peer: str, ids: Sequence[str], digests: Sequence[bytes]) -> Held:
+        return the_same(super().held(peer, ids, digests), self.real.held(peer, ids, digests))  # type: ignore[no-any-return]  # as above
 
     def last_acked(self, peer: str) -> tuple[str, int] | None:
         return the_same(super().last_acked(peer), self.real.last_acked(peer))  # type: ignore[no-any-return]  # as above

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 from broker_free import frames
-from broker_free.errors import OutcomeUnknown, UnknownPeer
+from broker_free.errors import Conflict, OutcomeUnknown, UnknownPeer
 from broker_free.frames import Frame
 from broker_free.limits import Limits
 from broker_free.link import Action, Link
@@ -63,7 +64,15 @@ class Node:
         self.run()
         self.tick.connected(CONN)
         (hello,) = self.wire.frames
-        answer = {"node_id": PEER, "boot": 1, "in_doubt": [], "nonce": 5, "have": []}
+        answer = {
+            "node_id": PEER,
+            "boot": 1,
+            "in_doubt": [],
+            "nonce": 5,
+            "have": [],
+            "protocol": [1, 2],
+            "features": sorted(frames.FEATURES),
+        }
         self.session = hello.session
         self.receive(Frame(kind=frames.HELLO_OK, meta=answer, credit_messages=9, credit_kib=99))
         self.run()
@@ -71,20 +80,11 @@ class Node:
         self.wire.frames.clear()
 
     def receive(self, frame: Frame) -> None:
-        stamped = Frame(
-            kind=frame.kind,
-            session=self.session,
-            seq=frame.seq,
-            credit_messages=frame.credit_messages,
-            credit_kib=frame.credit_kib,
-            meta=frame.meta,
-            raw_meta=frame.raw_meta,
-            body=frame.body,
-        )
+        stamped = replace(frame, session=self.session)
         self.tick.frame(PEER, CONN, stamped)
 
-    def run(self, *work: Publish | Transact) -> Outcome:
-        self.tick.start(now_ms=NOW, utc_ms=UTC)
+    def run(self, *work: Publish | Transact, now_ms: int = NOW) -> Outcome:
+        self.tick.start(now_ms=now_ms, utc_ms=UTC)
         return self.tick.run(work)
 
     def deliver(self, seq: int, subject: str, body: bytes = b"") -> str:
@@ -321,3 +321,116 @@ def test_an_idle_tick_visits_no_link_and_the_right_one_wakes_when_its_time_has_c
     tick.remove_peer(second)
     assert set(run(due[first] + 1)) == {"p7"}
     assert second not in run(1 << 30)
+
+
+# -- backpressure, alarms, what is counted ----------------------------------------------------------------------
+
+
+def windows(one: Node) -> list[int]:
+    return [frame.credit_messages for frame in one.wire.frames if frame.kind == frames.CREDIT]
+
+
+def test_a_node_that_takes_no_messages_says_so_at_once_and_takes_them_again() -> None:
+    one = node()
+    one.tick.hold("low disk")
+    one.tick.hold("slow store", for_ms=50)
+    one.run()
+    one.tick.release("low disk")
+    assert (one.tick.holds, windows(one)) == (("slow store",), [0]), "each reason counts"
+    assert one.tick.next_wake_ms() <= NOW + 50
+    one.run(now_ms=NOW + 50)
+    assert (one.tick.holds, windows(one)) == ((), [0, Limits().credit_messages])
+
+
+def test_what_is_under_way_when_a_node_takes_no_more_is_committed_and_acked() -> None:
+    one = node()
+    one.tick.hold("low disk")
+    one.deliver(1, "a.b")
+    one.run()
+    assert one.wire.log == ["CREDIT", "commit", "ACK"]
+    assert one.wire.frames[-1].credit_messages == 0
+
+
+def test_consumers_that_lag_stop_the_peers_until_half_is_done() -> None:
+    one = node()
+
+    def poison(tx: Tx, envelope: Envelope) -> None:
+        raise ValueError("not now")
+
+    one.tick.add_effect("a.*", poison)
+    most = one.tick._limits.backlog_messages_max
+    one.journal._due.update({-number: UTC + 1_000_000 for number in range(1, most)})
+    one.deliver(1, "a.b")
+    one.run()
+    assert windows(one) == [0]
+    for number in range(1, most // 2):
+        del one.journal._due[-number]
+    one.run()
+    assert windows(one) == [0], "one more than half"
+    del one.journal._due[1 - most]
+    one.run()
+    assert windows(one) == [0, Limits().credit_messages]
+
+
+def test_an_id_used_for_another_message_is_rejected_with_an_alarm() -> None:
+    one = node()
+    message_id = one.deliver(1, "a.b", b"one")
+    meta = f'{{"id":"{message_id}","subject":"a.b"}}'.encode()
+    one.receive(Frame(kind=frames.DATA, seq=2, raw_meta=meta, body=b"another"))
+    outcome = one.run()
+    assert one.wire.log == ["commit", "REJECT", "ACK"]
+    assert one.wire.frames[0].meta["reason"] == "conflict: another message has this id"
+    assert [(alarm.kind, alarm.peer) for alarm in outcome.alarms] == [("conflict", PEER)]
+
+
+def test_a_rejected_message_is_dead_and_a_conflict_is_an_alarm_here_too() -> None:
+    one = node()
+    works = [plain(PEER), plain(PEER)]
+    one.run(*works)
+    one.receive(Frame(kind=frames.REJECT, seq=1, meta={"reason": "conflict: another message has this id"}))
+    one.receive(Frame(kind=frames.REJECT, seq=2, meta={"reason": "too-large: far too large"}))
+    outcome = one.run()
+    assert [dead[0] for dead in outcome.dead] == [work.message.id for work in works]
+    assert [row.state for row in one.journal.outbox.values()] == ["dead", "dead"]
+    assert [alarm.kind for alarm in outcome.alarms] == ["conflict"]
+
+
+def test_an_alarm_that_repeats_is_counted_each_time_and_told_once_in_a_while() -> None:
+    one = node()
+    told = Frame(kind=frames.ALARM, meta={"kind": "clone", "detail": "x"})
+    one.receive(told)
+    one.receive(told)
+    assert [alarm.kind for alarm in one.run().alarms] == ["clone"]
+    assert one.tick.alarms == {"clone": 2}
+    one.run(now_ms=NOW + Limits().alarm_repeat_ms)
+    one.receive(told)
+    assert [alarm.kind for alarm in one.run(now_ms=NOW + Limits().alarm_repeat_ms).alarms] == ["clone"]
+
+
+def test_a_publish_under_an_id_that_names_another_message_is_refused() -> None:
+    one = node()
+    first = plain(PEER)
+    one.run(first)
+    other = Publish(message=Message(id=first.message.id, subject="a.b", body=b"y"), recipients=[PEER])
+    ((_, error),) = one.run(other).failures
+    assert isinstance(error, Conflict)
+    assert len(one.journal.outbox) == 1
+
+
+def test_a_greeting_that_cannot_be_sent_ends_the_dial_in_the_same_tick() -> None:
+    one = Node()
+    one.tick.add_peer(PEER)
+    one.run()
+    one.wire.send = lambda conn, frame: False  # type: ignore[method-assign]  # a full pipe
+    one.tick.connected(CONN)
+    one.run()
+    assert one.wire.log == ["close"]
+    assert one.tick.next_wake_ms() <= NOW + Limits().redial_ms_min
+
+
+def test_frames_that_mean_nothing_are_counted_by_reason() -> None:
+    one = node()
+    one.receive(Frame(kind=99))
+    one.receive(Frame(kind=frames.DATA, seq=1, flags=frames.FLAG_PACK, body=b"xx"))
+    one.run()
+    assert one.tick.refused == {"frame-type": 1, "frame-pack": 1}

@@ -74,6 +74,8 @@ EXIT_CODES: dict[str, int] = {
     "node-unreachable": 1,
     "invalid": 2,
     "too-large": 2,
+    "conflict": 2,
+    "malformed-frame": 2,
     "invalid-brief": 2,
     "invalid-address": 2,
     "invalid-config": 2,
