@@ -52,6 +52,7 @@ PONG: Final = 8
 BYE: Final = 9
 EPHEMERAL: Final = 10
 RECEIPT: Final = 11
+PROBE: Final = 12
 REVOKE: Final = 14
 JOIN: Final = 15
 JOIN_OK: Final = 16
@@ -72,6 +73,7 @@ NAMES: Final = {
     BYE: "BYE",
     EPHEMERAL: "EPHEMERAL",
     RECEIPT: "RECEIPT",
+    PROBE: "PROBE",
     REVOKE: "REVOKE",
     JOIN: "JOIN",
     JOIN_OK: "JOIN_OK",
@@ -95,7 +97,7 @@ RECEIPTS: Final = "receipt"
 FEATURES: Final = frozenset({TTL, CREDITS, REVOCATION, EPHEMERALS, RECEIPTS})
 
 # Frames of an open session that the link hands on as they are; `Tick` has a handler for each.
-CONTROLS: Final = frozenset({EPHEMERAL, RECEIPT, REVOKE, INTEREST, REGISTRY, ALARM})
+CONTROLS: Final = frozenset({EPHEMERAL, RECEIPT, PROBE, REVOKE, INTEREST, REGISTRY, ALARM})
 
 _HEAD = {
     version: [b"BF" + bytes((version, kind)) for kind in range(256)]

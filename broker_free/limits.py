@@ -21,6 +21,7 @@ class Limits:
     outbox_bytes_max: int = 256 * MIB  # for each peer
     recipients_max: int = 1_000  # of one publish
     peers_max: int = 1_024
+    session_idle_ms: int = 120_000  # beyond `sessions_max` the longest idle ones end, none before this time
     interest_patterns_max: int = 1_000
     ttl_ms_default: int = 7 * DAY_MS
     ttl_ms_max: int = 14 * DAY_MS
@@ -67,6 +68,9 @@ class Limits:
     heartbeat_ms: int = 2_000
     suspect_after_ms: int = 6_000
     down_after_ms: int = 15_000
+    beat_members_max: int = 64  # larger meshes probe one member at a time: all-to-all beats cost n² messages
+    probe_ack_ms: int = 600  # a ping without an answer for so long is tried through others
+    probe_members: int = 3  # so many others
     lag_stretch_max: int = 8  # a node that was itself suspended stretches its time-outs up to this
 
     lease_ms: int = 30_000  # a consumer that hangs gives its job to another after this

@@ -42,6 +42,7 @@ from broker_free.limits import KIB, Limits
 DIGEST_BYTES: Final = 16
 _BOOTS_REMEMBERED: Final = 16  # former starts of one peer
 _V1_DEFAULTS: Final = Limits()  # a node of version 1 does not say what it takes: these are its defaults
+_NOTHING_MS: Final = 3_600_000  # nothing is due
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: that costs 1 µs on every message
@@ -245,6 +246,7 @@ class _Session:
     about: Mapping[str, Any]
     greeted_ms: int
     progress_ms: int
+    active_ms: int = 0  # something else than signs of life crossed it
     is_open: bool = False
     next_seq: int = 1
     cursor: int = 0  # outbox row sent last
@@ -304,6 +306,8 @@ class Link:
         self._failures = 0
         self._dial_after_ms = 0
         self._caught_up = False  # every queued row of this peer is on the wire
+        self.is_eager = True  # dial without a cause; in a large mesh only when there is something to say
+        self._is_wanted = False
 
     # -- what the owner may ask -----------------------------------------------------------------------------
 
@@ -354,14 +358,38 @@ class Link:
         return row <= self._sent_row
 
     def wants_dial(self, now_ms: int) -> bool:
-        return self._session is None and self._dial is None and now_ms >= self._dial_after_ms
+        return (
+            self._session is None
+            and self._dial is None
+            and (self.is_eager or self._is_wanted)
+            and now_ms >= self._dial_after_ms
+        )
+
+    def want(self) -> None:
+        """There is something to say: dial, if there is no session. The waiting time after a failure still counts."""
+        self._is_wanted = True
+
+    def idle_ms(self, now_ms: int) -> int:
+        """Return for how long nothing but signs of life has crossed a session that could be retired, else 0."""
+        session = self._session
+        if session is None or not session.is_open or self._sent or not self._caught_up:
+            return 0
+        return now_ms - session.active_ms
+
+    def retire(self, now_ms: int) -> list[Action]:
+        """End an idle session in good order; neither side dials again before there is something to say."""
+        actions = self._end("idle", now_ms)
+        self._is_wanted = False
+        self._failures = 0
+        return actions
 
     def next_wake_ms(self, now_ms: int) -> int:
         """Return when `on_tick` has something to do next, on the same clock."""
         if self._dial:
             return self._dial.deadline_ms
         if self._session is None:
-            return max(now_ms, self._dial_after_ms)
+            is_dialled = self.is_eager or self._is_wanted
+            return max(now_ms, self._dial_after_ms) if is_dialled else now_ms + _NOTHING_MS
         session = self._session
         if session.ping_deadline_ms is not None:
             return session.ping_deadline_ms
@@ -465,8 +493,10 @@ class Link:
         if not session.is_open:
             return self._end("a frame before READY", now_ms)
         if kind == frames.DATA:
+            session.active_ms = now_ms
             return self._on_data(session, frame, now_ms)
         if kind == frames.ACK:
+            session.active_ms = now_ms
             return self._on_ack(session, frame, now_ms)
         if kind == frames.REJECT:
             return self._on_reject(session, frame, now_ms)
@@ -479,6 +509,8 @@ class Link:
         if kind == frames.CREDIT:
             return self._grant(session, frame)
         if kind in frames.CONTROLS:
+            if kind != frames.PROBE:
+                session.active_ms = now_ms
             return [Control(frame)]
         return [Ignored("frame-type")]  # of a later version
 
@@ -652,7 +684,7 @@ class Link:
         False leaves it to `pump`. Either way call `flush` before the commit and `pump` after it.
         """
         if not (self._caught_up and self._has_room() and self._fits(queued)):
-            self._caught_up = False
+            self.hold_back()
             return False
         self._stage(queued)
         return True
@@ -660,6 +692,7 @@ class Link:
     def hold_back(self) -> None:
         """A row was queued that must not leave before its commit; later ones wait behind it."""
         self._caught_up = False
+        self._is_wanted = True
 
     def flush(self) -> list[Action]:
         """Turn what `offer` took into frames."""
@@ -789,6 +822,8 @@ class Link:
 
     def _open(self, session: _Session, now_ms: int) -> list[Action]:
         session.is_open = True
+        session.active_ms = now_ms
+        self._is_wanted = False
         self._failures = 0
         self._barred_until_ms = 0
         opened: list[Action] = [Opened(session.about, now_ms - session.greeted_ms)]
@@ -815,6 +850,8 @@ class Link:
     def _end(self, reason: str, now_ms: int, *, say_bye: bool = True, close: bool = True) -> list[Action]:
         session = self._session
         assert session is not None
+        # Whoever dialled keeps the link up: the other side may not be able to dial back.
+        self._is_wanted = bool(self._is_wanted or self._sent or not self._caught_up or session.mine)
         self._session = None
         self._sent.clear()
         self._staged.clear()

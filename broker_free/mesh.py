@@ -24,6 +24,7 @@ from broker_free.membership import Member, member_from
 from broker_free.security import Invitation, KeyPair, node_id_of
 from broker_free.tick import Tick, Tx
 from broker_free.transport import Transport, public_of
+from broker_free.watch import Watch
 
 if TYPE_CHECKING:
     from broker_free.store import Store
@@ -75,6 +76,7 @@ class Mesh:
         self.beat_endpoint = ""
         self.tick: Tick
         self.transport: Transport
+        self.watch: Watch
         self._host = host
         self._name = name
         self._me = node_id
@@ -91,6 +93,8 @@ class Mesh:
         for member in self._store.members():
             self.tick.interests[member.node_id] = member.interests
             self._let_in(member)
+            if member.seen_ms:
+                self.watch.seen_ms[member.node_id] = member.seen_ms
 
     # -- who is let in, and where each one is ---------------------------------------------------------------
 
@@ -153,14 +157,10 @@ class Mesh:
         )
 
     def _let_in(self, member: Member) -> None:
-        known = self.members.get(member.node_id)
         self.members[member.node_id] = member
         self._by_key[member.public_key] = member.node_id
         self.tick.add_peer(member.node_id)
-        if known and known.beat_endpoint and known.beat_endpoint != member.beat_endpoint:
-            self.transport.unwatch(known.beat_endpoint)
-        if member.beat_endpoint and (known is None or known.beat_endpoint != member.beat_endpoint):
-            self.transport.watch(member.beat_endpoint, server_key=member.public_key)
+        self.watch.add(member)
         self._host.view_changed(member.node_id)
 
     # -- invitations ----------------------------------------------------------------------------------------
@@ -278,6 +278,7 @@ class Mesh:
     def _joined(self, member: Member, future: asyncio.Future[Member]) -> None:
         """The inviter is on disk here: it counts as a member from now on."""
         self._let_in(member)
+        self.tick.want(member.node_id)
         faults.reach("inviter-admitted")
         self._host.tell_views()
         self._host.tell(succeed, future, member)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import random
 import secrets
@@ -33,13 +32,14 @@ from broker_free.home import lock, make_private, unlock
 from broker_free.membership import Member
 from broker_free.mesh import Mesh
 from broker_free.message import Envelope
-from broker_free.presence import Presence, State
+from broker_free.presence import State
 from broker_free.registry import Registry
 from broker_free.schema import Migrations
 from broker_free.security import KeyPair, load_or_create_keys, node_id_of
 from broker_free.store import Store
 from broker_free.tick import Effect, Outcome, Tick, Transact, Tx, Work
 from broker_free.transport import Beat, Closed, Connected, Received, Transport, new_keypair
+from broker_free.watch import Watch
 
 if TYPE_CHECKING:
     import peewee
@@ -114,11 +114,9 @@ class Owner:
         self._store: Store
         self._transport: Transport
         self._tick: Tick
-        self._presence = Presence(node.limits)
+        self._watch: Watch
         self.mesh: Mesh
         self._rtt: dict[str, float] = {}
-        self._seen_ms: dict[str, int] = {}
-        self._beat_due_ms = 0
         self._housekeeping_due_ms = 0
         self._prune_due_ms = 0  # UTC
         self._dirty: set[str] = set()  # peers whose view has changed
@@ -310,8 +308,17 @@ class Owner:
         for pattern in self._store.patterns():
             self._tick.add_interest(pattern)
         node._entries.load(entries)
+        mesh.watch = self._watch = Watch(
+            me=node.node_id,
+            boot=node.boot,
+            limits=self._limits,
+            random=random.Random(secrets.randbits(64)),
+            tick=self._tick,
+            transport=self._transport,
+            newest_row=lambda: self._store.newest_row,
+            changed=self.view_changed,
+        )
         mesh.load()
-        self._seen_ms = {peer: member.seen_ms for peer, member in mesh.members.items() if member.seen_ms}
         self.tell_views()
 
     def _release(self) -> None:
@@ -324,11 +331,12 @@ class Owner:
 
     def _loop_until_stopped(self) -> None:
         timeout_ms = 0
+        now_ms = mono_ms()
         while True:
-            before_ms = mono_ms()
+            due_ms = now_ms + timeout_ms  # by the last round: what took long since then counts as lag too
             events = self._transport.poll(timeout_ms)
             now_ms = mono_ms()
-            self._presence.lagged(now_ms - before_ms - timeout_ms, now_ms)
+            self._watch.lagged(now_ms - due_ms, now_ms)
             is_last = self._stopping
             self._tick.start(now_ms=now_ms, utc_ms=utc_ms())
             for event in events:
@@ -377,7 +385,7 @@ class Owner:
                 if not self.mesh.closed(conn, reason):
                     self._tick.closed(conn, reason)
             case Beat(parts):
-                self._on_beat(parts, now_ms)
+                self._watch.on_beat(parts, now_ms)
 
     def _on_frames(self, conn: int, user_id: str, parts: list[bytes], now_ms: int) -> None:
         try:
@@ -392,7 +400,7 @@ class Owner:
             return
         peer = user_id or self._tick.peer_of(conn)
         if peer in self.mesh.members:
-            self._heard(peer, now_ms)
+            self._watch.heard(peer, now_ms)
             self._tick.frame(peer, conn, frame)
 
     def _refuse_version(self, conn: int, peer: str, parts: list[bytes], reason: str) -> None:
@@ -406,9 +414,11 @@ class Owner:
 
     def _follow(self, outcome: Outcome) -> None:
         """Draw this side's conclusions from a tick, then tell the loop."""
+        for peer, body in outcome.probes:
+            self._watch.on_probe(peer, body)
         for peer, opened in outcome.opened:
             self._rtt[peer] = float(opened.rtt_ms)
-            self._seen_ms[peer] = utc_ms()
+            self._watch.on_opened(peer)
             self.mesh.note_whereabouts(peer, opened.about)
             self._dirty.add(peer)
             log.info("session open", extra={"peer": peer, "peer_name": self.mesh.members[peer].name})
@@ -434,17 +444,9 @@ class Owner:
             self.tell_views()
 
     def _keep_house(self, now_ms: int) -> None:
-        if now_ms >= self._beat_due_ms:
-            self._beat_due_ms = now_ms + self._limits.heartbeat_ms
-            self._transport.beat(
-                [json.dumps({"node_id": self._node.node_id, "boot": self._node.boot}).encode()]
-            )
-            for peer, state in self._presence.changes(now_ms):
-                self._dirty.add(peer)
-                if state == "suspect":
-                    self._tick.ping(peer)
-            if self._dirty:
-                self.tell_views()
+        self._watch.tick(now_ms)
+        if self._dirty:
+            self.tell_views()
         if now_ms >= self._housekeeping_due_ms:
             self._housekeeping_due_ms = now_ms + _HOUSEKEEPING_MS
             now_utc_ms = utc_ms()
@@ -464,7 +466,7 @@ class Owner:
             for message_id in self._store.expire(peer, beyond_row=link.cursor, now_ms=tx.now_ms):
                 self.tell(self._node.take, Outcome(dead=[(message_id, peer, "expired")]))
         self.mesh.strike_expired(tx.now_ms)
-        for peer, seen_ms in self._seen_ms.items():
+        for peer, seen_ms in self._watch.seen_ms.items():
             self._store.save_seen(peer, seen_ms)
 
     def transact(self, fn: Callable[..., object], *args: Any) -> None:
@@ -474,7 +476,7 @@ class Owner:
         self._dirty.add(peer)
 
     def _sleep_ms(self) -> int:
-        due_ms = min(self._tick.next_wake_ms(), self._beat_due_ms, self._housekeeping_due_ms)
+        due_ms = min(self._tick.next_wake_ms(), self._watch.next_wake_ms(), self._housekeeping_due_ms)
         return max(0, due_ms - mono_ms())
 
     def tell(self, fn: Callable[..., object], *args: Any) -> None:
@@ -495,25 +497,7 @@ class Owner:
     def dial(self, peer: str) -> int | None:
         return self.mesh.dial(peer)
 
-    # -- members and presence -------------------------------------------------------------------------------
-
-    def _on_beat(self, parts: list[bytes], now_ms: int) -> None:
-        try:
-            beat = json.loads(parts[0]) if len(parts) == 1 and len(parts[0]) <= 1_024 else {}
-        except ValueError:
-            return
-        peer = beat.get("node_id") if isinstance(beat, dict) else None
-        if isinstance(peer, str) and peer in self.mesh.members:
-            self._heard(peer, now_ms)
-            if not self._tick.links[peer].is_open:
-                self._tick.redial_now(peer)  # it is there: no reason to wait out the back-off
-
-    def _heard(self, peer: str, now_ms: int) -> None:
-        was_alive = self._presence.state(peer) == "alive"
-        self._presence.heard(peer, now_ms)
-        self._seen_ms[peer] = utc_ms()
-        if not was_alive:
-            self._dirty.update(one for one, _ in self._presence.changes(now_ms))
+    # -- what the loop is told of the peers -----------------------------------------------------------------
 
     def tell_views(self) -> None:
         views = [self._view(self.mesh.members[peer]) for peer in self._dirty if peer in self.mesh.members]
@@ -526,10 +510,10 @@ class Owner:
         return PeerView(
             node_id=member.node_id,
             name=member.name,
-            state=self._presence.state(member.node_id),
+            state=self._watch.state(member.node_id),
             link="open" if link.is_open else "closed",
             rtt_ms=self._rtt.get(member.node_id),
-            last_seen_ms=self._seen_ms.get(member.node_id),
+            last_seen_ms=self._watch.seen_ms.get(member.node_id),
             endpoints=member.endpoints,
             is_blocked=link.is_blocked,
             credit=link.credit,

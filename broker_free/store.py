@@ -264,6 +264,11 @@ class Store:
         self._forget_queued()
         self._born_done = set()
 
+    @property
+    def newest_row(self) -> int:
+        """The newest inbox row."""
+        return self._next_inbox - 1
+
     # -- transactions ---------------------------------------------------------------------------------------
 
     def begin(self) -> None:

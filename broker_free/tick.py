@@ -39,7 +39,7 @@ from broker_free.errors import (
     TransactionMisused,
     UnknownPeer,
 )
-from broker_free.frames import ALARM, INTEREST, REGISTRY, Frame
+from broker_free.frames import ALARM, INTEREST, PROBE, REGISTRY, Frame
 from broker_free.limits import Limits
 from broker_free.link import Ledger, Link, Queued
 from broker_free.message import Envelope, Message, check_message, new_id
@@ -266,6 +266,7 @@ class Outcome:
     regressed: list[str] = field(default_factory=list)
     blocked: list[str] = field(default_factory=list)  # peers that began or ceased to take messages
     alarms: list[Alarm] = field(default_factory=list)
+    probes: list[tuple[str, bytes]] = field(default_factory=list)  # (peer, message of `presence`)
     error: StoreFailed | None = None  # why the transaction failed; the first five lists are empty then
 
 
@@ -331,6 +332,7 @@ class Tick:
         self._controls: dict[int, Callable[[str, Frame], None]] = {
             REGISTRY: self._on_registry,
             INTEREST: self._on_interest,
+            PROBE: self._on_probe,
             ALARM: self._on_alarm,
         }
         self._boot = boot
@@ -342,6 +344,7 @@ class Tick:
         self._effects: list[tuple[str, Effect]] = []
         self._effects_by_subject: dict[str, tuple[Effect, ...]] = {}
         self._dialled: dict[int, str] = {}  # connections opened here -> peer
+        self._is_eager = True
         # A tick visits only links with something to do: those that were touched since the last one, and those whose
         # time has come. Whoever calls a link that may then have to act stirs it; `_do` does.
         self._stirred: set[str] = set()
@@ -390,6 +393,9 @@ class Tick:
         )
         if self._holds:
             self._do(peer, self.links[peer].grant(0, 0))
+        self.links[peer].is_eager = self._is_eager
+        if not self._is_eager and self._journal.in_doubt(peer, 1):
+            self.links[peer].want()
         self._places += 1
         self._place[peer] = self._places
         self._stirred.add(peer)
@@ -398,6 +404,39 @@ class Tick:
         """Dial at the next tick, without waiting any longer: there is reason to believe that the peer is there."""
         self._stirred.add(peer)
         self.links[peer].redial_now()
+
+    def probe(self, peer: str, body: bytes) -> bool:
+        """Send a message of `presence`. False: there is no session, and one is dialled at the next tick."""
+        link = self.links.get(peer)
+        if link is None:
+            return False
+        if not link.is_open:
+            self.want(peer)
+            return False
+        self._do(peer, link.tell(PROBE, body))
+        return True
+
+    def be_eager(self, is_eager: bool) -> None:
+        """Dial every peer, or only those that there is something to say to."""
+        self._is_eager = is_eager
+        for peer, link in self.links.items():
+            link.is_eager = is_eager
+            self._stirred.add(peer)
+            if self._journal.in_doubt(peer, 1):
+                link.want()
+
+    def retire_idle(self, *, keep: int, idle_ms: int) -> None:
+        """End the longest idle sessions while more than `keep` are open."""
+        idle = {peer: link.idle_ms(self._now_ms) for peer, link in self.links.items() if link.is_open}
+        excess = max(0, len(idle) - keep)
+        for peer in sorted(idle, key=idle.__getitem__, reverse=True)[:excess]:
+            if idle[peer] >= idle_ms:
+                self._do(peer, self.links[peer].retire(self._now_ms))
+
+    def want(self, peer: str) -> None:
+        """Dial a peer in a large mesh too: there is something to say to it."""
+        self.links[peer].want()
+        self._stirred.add(peer)
 
     def ping(self, peer: str) -> None:
         link = self.links.get(peer)
@@ -896,6 +935,9 @@ class Tick:
         patterns = _patterns_of(frame.body, self._limits)
         if patterns != self.interests.get(peer):
             self._inputs.interests[peer] = patterns
+
+    def _on_probe(self, peer: str, frame: Frame) -> None:
+        self._outcome.probes.append((peer, frame.body))
 
     def _on_alarm(self, peer: str, frame: Frame) -> None:
         """A peer has noticed something that concerns this node."""

@@ -76,8 +76,8 @@ def test_both_sides_of_a_pairing_hear_each_others_beats(tmp_path: Path) -> None:
         ):
             heard = {node.name: asyncio.Event() for node in (a, b)}
             for node in (a, b):
-                take_in = node._running()._on_beat
-                node._running()._on_beat = (  # type: ignore[method-assign]  # there is no public sign of one beat
+                take_in = node._running()._watch.on_beat
+                node._running()._watch.on_beat = (  # type: ignore[method-assign]  # there is no public sign of one beat
                     lambda parts, now_ms, node=node, take_in=take_in: (
                         node._running()._loop.call_soon_threadsafe(heard[node.name].set),
                         take_in(parts, now_ms),

@@ -1,4 +1,4 @@
-"""The registry converges whatever happens to its entries on the way; presence says who is there."""
+"""The registry converges whatever happens to its entries on the way."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from broker_free import registry as registries
 from broker_free.errors import InvalidInput, NotOwner, RegistryFull, TooLarge
 from broker_free.limits import DAY_MS, Limits
-from broker_free.presence import Presence
 from broker_free.registry import Entry, Registry
 
 LIMITS = Limits(registry_entries_max=8, registry_bucket_keys_max=5, registry_value_bytes_max=100)
@@ -195,22 +194,3 @@ def test_names_values_and_numbers_have_bounds() -> None:
     others = [Entry(bucket="c", key=f"k{n}", value={}, stamp=1, origin="x") for n in range(4)]
     assert len(given_to(entries, others)) == 3
     assert entries.refused == {"full": 1}
-
-
-def test_a_silent_peer_is_suspect_then_down_and_alive_again_at_its_next_word() -> None:
-    presence = Presence(Limits())
-    presence.heard("p", 0)
-    assert presence.changes(0) == [("p", "alive")]
-    assert presence.changes(5_999) == []
-    assert presence.changes(6_000) == [("p", "suspect")]
-    assert presence.changes(15_000) == [("p", "down")]
-    presence.heard("p", 20_000)
-    assert presence.changes(20_000) == [("p", "alive")]
-
-
-def test_a_node_that_was_itself_suspended_does_not_declare_the_others_gone() -> None:
-    presence = Presence(Limits())
-    presence.heard("p", 0)
-    presence.changes(0)
-    presence.lagged(20_000, 20_000)
-    assert presence.changes(20_000) == []
