@@ -12,7 +12,8 @@ BrokerFreeError
 │ └ NodeInUse             another process holds this home
 ├ AddressInUse            the port to listen on is taken
 ├ StoreFailed             SQLite or the disk said no
-│ ├ DiskLow               below the floor: nothing was accepted
+│ ├ DiskLow               too little room: nothing was accepted
+│ ├ StoreBroken           an I/O error or damage: the node accepts nothing more until it is started again
 │ └ OutcomeUnknown        the commit failed after the wire was used: it may have happened
 ├ OutboxFull              a peer's queue is at its limit
 ├ RegistryFull            a bucket, or the registry, is at its limit
@@ -92,6 +93,10 @@ class StoreFailed(BrokerFreeError):
 
 class DiskLow(StoreFailed):
     code = "disk-low"
+
+
+class StoreBroken(StoreFailed):
+    code = "store-broken"
 
 
 class OutcomeUnknown(StoreFailed):

@@ -32,12 +32,13 @@ from broker_free.errors import (
     TransactionMisused,
 )
 from broker_free.futures import fail, succeed
+from broker_free.health import Health
 from broker_free.limits import Limits
 from broker_free.message import Envelope, Message, check_message, new_id
 from broker_free.owner import Owner, PeerView, in_owner_thread
 from broker_free.schema import Migrations
 from broker_free.security import Invitation
-from broker_free.store import Reader
+from broker_free.store import Event, Reader, read_events
 from broker_free.subject import matches
 from broker_free.subscription import Subscription
 from broker_free.tick import Alarm, Effect, Outcome, Publish, Transact, Tx, Work
@@ -147,6 +148,8 @@ class Node:
         self._on_dead: list[Callable[[list[tuple[str, str, str]]], None]] = []
         self._on_alarm: list[Callable[[Alarm], None]] = []
         self._on_peer: list[Callable[[PeerView], None]] = []
+        self._health = Health()
+        self._on_health: list[Callable[[Health], None]] = []
         self._on_failed: list[Callable[[BaseException], None]] = []
         self._room = asyncio.Event()
         self._readers: ThreadPoolExecutor | None = None
@@ -183,6 +186,10 @@ class Node:
     def on_failed(self, fn: Callable[[BaseException], None]) -> None:
         """Call `fn(error)` on the loop when the owner thread has ended by an error. Only a new node helps then."""
         self._on_failed.append(fn)
+
+    def on_health(self, fn: Callable[[Health], None]) -> None:
+        """Call `fn(health)` on the loop when the state of the store changes."""
+        self._on_health.append(fn)
 
     # -- life -----------------------------------------------------------------------------------------------
 
@@ -289,6 +296,15 @@ class Node:
 
     def peers(self) -> list[PeerView]:
         return sorted(self._views.values(), key=lambda view: (view.name, view.node_id))
+
+    @property
+    def health(self) -> Health:
+        """How the store is: sound, short of room, or failed."""
+        return self._health
+
+    async def events(self, *, limit: int = 100, kind: str | None = None) -> list[Event]:
+        """Return what has happened to this node, the newest first: damage, regressions, unclean starts, refusals."""
+        return await self.read(read_events, limit, kind)
 
     async def refused(self) -> dict[str, int]:
         """Count what the sockets have turned away since the start, by reason."""
@@ -399,6 +415,10 @@ class Node:
         for view in views:
             self._views[view.node_id] = view
         self._call([(fn, (view,)) for view in views for fn in self._on_peer])
+
+    def take_health(self, health: Health) -> None:
+        self._health = health
+        self._call([(fn, (health,)) for fn in self._on_health])
 
     def _resolve(self, work: Work, result: Any, error: BaseException | None) -> None:
         future = self._futures.pop(work, None)

@@ -25,9 +25,12 @@ from broker_free.errors import (
     LeaseLost,
     MalformedFrame,
     NodeClosed,
+    StoreBroken,
+    StoreFailed,
 )
 from broker_free.frames import Frame
 from broker_free.futures import fail, succeed
+from broker_free.health import Health
 from broker_free.home import lock, make_private, unlock
 from broker_free.membership import Member
 from broker_free.mesh import Mesh
@@ -36,7 +39,7 @@ from broker_free.presence import State
 from broker_free.registry import Registry
 from broker_free.schema import Migrations
 from broker_free.security import KeyPair, load_or_create_keys, node_id_of
-from broker_free.store import Store
+from broker_free.store import DAMAGED, Store
 from broker_free.tick import Effect, Outcome, Tick, Transact, Tx, Work
 from broker_free.transport import Beat, Closed, Connected, Received, Transport, new_keypair
 from broker_free.watch import Watch
@@ -121,6 +124,8 @@ class Owner:
         self._prune_due_ms = 0  # UTC
         self._dirty: set[str] = set()  # peers whose view has changed
         self._leases = Leases()
+        self._broken: StoreFailed | None = None  # why the store is not written to any more
+        self._health = Health()
 
     # -- called on the loop ---------------------------------------------------------------------------------
 
@@ -325,7 +330,10 @@ class Owner:
         if (transport := getattr(self, "_transport", None)) is not None:
             transport.close_all()
         if (store := getattr(self, "_store", None)) is not None:
-            store.close()
+            if self._broken is None:
+                store.close()
+            else:
+                store.abandon()
         if self._lock_fd >= 0:
             unlock(self._lock_fd)
 
@@ -338,22 +346,95 @@ class Owner:
             now_ms = mono_ms()
             self._watch.lagged(now_ms - due_ms, now_ms)
             is_last = self._stopping
-            self._tick.start(now_ms=now_ms, utc_ms=utc_ms())
-            for event in events:
-                self._on_event(event, now_ms)
-            work = self._take_work()
-            outcome = self._tick.run(work)
-            took_ms = mono_ms() - now_ms
-            if took_ms >= self._limits.slow_store_ms:
-                self._tick.hold(
-                    "slow store", for_ms=2 * took_ms
-                )  # of the tick's own time, which began so long ago
-            self._follow(outcome)
-            if is_last and not self._queue:
-                self._tick.close()
-                return
-            self._keep_house(now_ms)
+            try:
+                if self._broken is None:
+                    self._turn(events, now_ms)
+                else:
+                    self._turn_away(events, now_ms)
+                if is_last and not self._queue:
+                    if self._broken is None:
+                        self._close()
+                    return
+                self._keep_house(now_ms)
+            except StoreFailed as error:
+                self._break(error)
             timeout_ms = 0 if self._queue else self._sleep_ms()
+
+    def _turn(self, events: Sequence[Connected | Closed | Received | Beat], now_ms: int) -> None:
+        self._tick.start(now_ms=now_ms, utc_ms=utc_ms())
+        for event in events:
+            self._on_event(event, now_ms)
+        work = self._take_work()
+        try:
+            outcome = self._tick.run(work)
+        except StoreFailed as error:
+            self.tell(self._node.take, Outcome(failures=[(one, error) for one in work]))
+            raise
+        took_ms = mono_ms() - now_ms
+        if took_ms >= self._limits.slow_store_ms:
+            # Of the tick's own time, which began so long ago.
+            self._tick.hold("slow store", for_ms=2 * took_ms)
+        self._follow(outcome)
+
+    def _close(self) -> None:
+        if self._store.has_notes:
+            self._follow(self._tick.run([Transact(fn=self._write_notes)]))
+        self._tick.close()
+
+    # -- a store that failed --------------------------------------------------------------------------------
+
+    def _break(self, error: StoreFailed) -> None:
+        """Accept and acknowledge nothing from now on. What is on disk stays as it is, for the next start."""
+        if self._broken is not None:
+            return
+        self._broken = error
+        log.critical(
+            "the store has failed: nothing is accepted until the node is started again",
+            extra={"reason": error.message, "hint": error.hint},
+        )
+        with contextlib.suppress(StoreFailed):
+            self._tick.end_sessions("the store has failed")
+        self._tell_health()
+
+    def _turn_away(self, events: Sequence[Connected | Closed | Received | Beat], now_ms: int) -> None:
+        """Serve without a store: peers are told, callers are refused, presence goes on."""
+        assert self._broken is not None
+        for event in events:
+            match event:
+                case Received(conn, user_id, parts):
+                    self._turn_away_frame(conn, user_id, parts, now_ms)
+                case Connected(conn):
+                    self._transport.close(conn)
+                case Beat(parts):
+                    self._watch.on_beat(parts, now_ms)
+                case Closed():
+                    pass
+        refusal = StoreBroken(f"this node's store has failed: {self._broken.message}", hint=self._broken.hint)
+        failures: list[tuple[Work, BaseException]] = [(one, refusal) for one in self._take_work()]
+        if failures:
+            self.tell(self._node.take, Outcome(failures=failures))
+
+    def _turn_away_frame(self, conn: int, user_id: str, parts: list[bytes], now_ms: int) -> None:
+        with contextlib.suppress(MalformedFrame):
+            frame = frames.decode(parts, self._limits)
+            if user_id in self.mesh.members:
+                self._watch.heard(user_id, now_ms)
+            if frame.kind in (frames.HELLO, frames.JOIN):
+                reason = {"reason": "the store has failed here"}
+                self.send(conn, Frame(kind=frames.BYE, session=frame.session, meta=reason))
+
+    def _tell_health(self) -> None:
+        error = self._broken
+        health = Health(
+            state="ok" if error is None else "failed",
+            why=error.message if error else "",
+            hint=(error.hint or "") if error else "",
+            since_ms=self._health.since_ms if error is None else utc_ms(),
+            quarantined=self._store.quarantined,
+        )
+        if health != self._health:
+            self._health = health
+            self.tell(self._node.take_health, health)
 
     def _take_work(self) -> list[Work]:
         work: list[Work] = []
@@ -414,6 +495,11 @@ class Owner:
 
     def _follow(self, outcome: Outcome) -> None:
         """Draw this side's conclusions from a tick, then tell the loop."""
+        if isinstance(outcome.error, StoreBroken):
+            self._break(outcome.error)
+        for alarm in outcome.alarms:
+            if alarm.kind != "regression":  # that one is written together with what it causes
+                self._store.note(alarm.kind, alarm.detail, peer=alarm.peer)
         for peer, body in outcome.probes:
             self._watch.on_probe(peer, body)
         for peer, opened in outcome.opened:
@@ -449,17 +535,23 @@ class Owner:
             self.tell_views()
         if now_ms >= self._housekeeping_due_ms:
             self._housekeeping_due_ms = now_ms + _HOUSEKEEPING_MS
+            if self._broken is not None:
+                return
+            self._tell_health()
             now_utc_ms = utc_ms()
             # An idle node writes nothing: a laptop's disk may sleep.
             if (
                 self.mesh.has_expired(now_utc_ms)
                 or now_utc_ms >= self._prune_due_ms
                 or self._store.has_expired(now_utc_ms)
+                or self._store.has_notes
             ):
                 self._queue.append(Transact(fn=self._clean_up))
 
     def _clean_up(self, tx: Tx) -> None:
         """One slice of house-keeping, inside a transaction."""
+        if self._store.has_notes:
+            self._write_notes(tx)
         if tx.now_ms >= self._prune_due_ms and not self._store.prune(tx.now_ms):
             self._prune_due_ms = tx.now_ms + _PRUNE_MS
         for peer, link in self._tick.links.items():
@@ -469,6 +561,15 @@ class Owner:
         for peer, seen_ms in self._watch.seen_ms.items():
             self._store.save_seen(peer, seen_ms)
 
+    def _write_notes(self, tx: Tx) -> None:
+        dead = [(message_id, peer, DAMAGED) for message_id, peer in self._store.write_notes(tx.now_ms)]
+        if dead:
+            tx.after_commit(lambda: self._node.take(Outcome(dead=dead)))
+
+    def note(self, kind: str, detail: str, *, peer: str = "") -> None:
+        """Keep an event, to be written with the next house-keeping."""
+        self._store.note(kind, detail, peer=peer)
+
     def transact(self, fn: Callable[..., object], *args: Any) -> None:
         self._queue.append(Transact(fn=fn, args=args))
 
@@ -476,7 +577,8 @@ class Owner:
         self._dirty.add(peer)
 
     def _sleep_ms(self) -> int:
-        due_ms = min(self._tick.next_wake_ms(), self._watch.next_wake_ms(), self._housekeeping_due_ms)
+        tick_ms = self._tick.next_wake_ms() if self._broken is None else self._housekeeping_due_ms
+        due_ms = min(tick_ms, self._watch.next_wake_ms(), self._housekeeping_due_ms)
         return max(0, due_ms - mono_ms())
 
     def tell(self, fn: Callable[..., object], *args: Any) -> None:

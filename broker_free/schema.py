@@ -49,6 +49,9 @@ STEPS: Final[tuple[tuple[str, ...], ...]] = (
         # -- store: what happened, append-only and bounded; and the schemas of applications
         """CREATE TABLE event (id INTEGER PRIMARY KEY, at_ms INTEGER NOT NULL, kind TEXT NOT NULL, peer TEXT NOT NULL,
         detail TEXT NOT NULL)""",
+        # (state 5 and 4: quarantined; both indexes are empty, nearly always)
+        "CREATE INDEX outbox_quarantined ON outbox (row) WHERE state = 5",
+        "CREATE INDEX inbox_quarantined ON inbox (row) WHERE state = 4",
         "CREATE TABLE application (name TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID",
         # -- link
         # -- blob

@@ -19,10 +19,10 @@ order and the regression check. (AUTOINCREMENT does that too, for one page more 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-import secrets
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,16 @@ from urllib.parse import quote
 import peewee as pw
 
 from broker_free import faults
-from broker_free.errors import Conflict, DiskLow, InvalidInput, OutboxFull, StoreFailed, UnsuitableHome
+from broker_free.clock import utc_ms
+from broker_free.errors import (
+    Conflict,
+    DiskLow,
+    InvalidInput,
+    OutboxFull,
+    StoreBroken,
+    StoreFailed,
+    UnsuitableHome,
+)
 from broker_free.limits import MIB, Limits
 from broker_free.link import Held, Queued
 from broker_free.membership import Member
@@ -58,18 +67,28 @@ from broker_free.schema import (
     upgrade_application,
     version_of,
 )
+from broker_free.storefile import (
+    BEFORE_UPGRADE,
+    check,
+    copy_to,
+    failure_of,
+    is_of_the_disk,
+    sync_folder,
+    wal_of,
+)
 from broker_free.subject import matches
 from broker_free.tick import Accepted
 
-QUEUED, DELIVERED, EXPIRED, CANCELLED, DEAD = range(5)
-OUTBOX_STATES: Final = ("queued", "delivered", "expired", "cancelled", "dead")
-NEW, CLAIMED, DONE, INBOX_DEAD = range(4)
+QUEUED, DELIVERED, EXPIRED, CANCELLED, DEAD, QUARANTINED = range(6)
+OUTBOX_STATES: Final = ("queued", "delivered", "expired", "cancelled", "dead", "quarantined")
+NEW, CLAIMED, DONE, INBOX_DEAD, INBOX_QUARANTINED = range(5)
 
-BEFORE_UPGRADE: Final = ".before-upgrade"  # the one older file that is kept beside the store
 EFFECT_ATTEMPTS_MAX: Final = 10
+DAMAGED: Final = "damaged on this node's disk"  # the reason of what is quarantined
+_NOTES_MAX: Final = 100  # events waiting for the next house-keeping; what floods is counted, not kept
+_OPEN: Final = ".open"  # exists beside the store while a node has it, and after one that did not close it
 _PRUNE_SLICE: Final = 500  # rows a tick: long work is done in small slices
 _IDS_A_QUERY: Final = 256
-_COPY_PAGES: Final = 256  # a step of a copy: the interpreter's lock is free meanwhile
 
 
 class ThreadDatabase(pw.DatabaseProxy):
@@ -150,6 +169,17 @@ _INSERT_OUTBOX: Final = """INSERT INTO outbox
     (row, peer, msg_id, message, bytes, queued_ms, expires_ms) VALUES (?,?,?,?,?,?,?)"""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened to this node and that its owner may want to know later."""
+
+    id: int  # grows
+    at_ms: int  # UTC
+    kind: str
+    peer: str  # node id, or empty
+    detail: str
+
+
 @dataclass(slots=True)
 class _Count:
     """Queued messages and bytes of one peer, never too low; counted again when a limit seems reached."""
@@ -193,39 +223,79 @@ class Store:
         self._next_due_ms: int | None = None
         self._has_seen = False
         self.backlog = 0
+        self._notes: list[tuple[int, str, str, str]] = []  # events to be written with the next house-keeping
+        self._notes_lost = 0
+        self._notes_written = 0  # of them, in the transaction that is open
+        self._bad_outbox: dict[int, tuple[str, str]] = {}  # row -> (message id, peer): found, not written yet
+        self._bad_inbox: set[int] = set()
+        self._bad_written: tuple[list[int], list[int]] = ([], [])
+        self.quarantined = 0
 
     # -- life -----------------------------------------------------------------------------------------------
 
     def open(self) -> None:
         """Open or create the file, check it, and bind this thread's models to it."""
+        mark = self._path.with_name(self._path.name + _OPEN)
+        was_open = mark.exists()
+        had_log = wal_of(self._path).exists()
         try:
             os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
+            os.close(os.open(mark, os.O_CREAT | os.O_RDWR, 0o600))
+            sync_folder(self._path.parent)
             self._db.connect()
             self._conn = self._db.connection()  # type: ignore[no-untyped-call]  # the stubs leave it out
             self._conn.create_function("bf_subject", 1, _subject_of, deterministic=True)
         except (OSError, sqlite3.Error, pw.PeeweeException) as error:
-            raise StoreFailed(
-                f"cannot open the store {self._path}: {error}", hint="restore a backup, or move the file away"
-            ) from error
+            raise self._unopenable(error) from error
         CURRENT.obj = self._db
         try:
             with self._translating():
+                version_of(self._conn)
+                self._check(was_open=was_open, had_log=had_log)
                 self._upgrade()
                 self._load()
+        except StoreBroken as error:
+            self.abandon()
+            raise self._unopenable(error) from error
+        except UnsuitableHome as error:
+            self.close()
+            raise UnsuitableHome(f"{self._path}: {error.message}", hint=error.hint) from None
         except BaseException:
             self.close()
             raise
+
+    def _unopenable(self, error: Exception) -> StoreFailed:
+        failure = failure_of(error, self._path)
+        if isinstance(failure, DiskLow):
+            return failure
+        return StoreBroken(
+            f"cannot open the store {self._path}: {error}",
+            hint="restore a backup (it keeps this file aside), or move the file away: peers send again what"
+            " they delivered of late",
+        )
+
+    def _check(self, *, was_open: bool, had_log: bool) -> None:
+        """Look at the file before anything is written to it: longer when it was not closed in order."""
+        limits = self._limits
+        said = check(self._conn, ms_max=limits.check_ms_max if was_open else limits.check_ms_max_clean)
+        if said not in (None, "ok"):
+            raise StoreBroken(f"the check found damage: {said}")
+        if not was_open:
+            return
+        # After a sync that failed, parts of the log may be in memory alone: move all of it into the file, anew.
+        self._conn.execute("PRAGMA wal_checkpoint(truncate)")
+        self.note("unclean-start", f"quick check: {said or f'not finished in {limits.check_ms_max} ms'}")
+        log.warning("the store was not closed in order", extra={"check": said or "unfinished"})
+        if not had_log:
+            self.note("log-missing", "the store's log (-wal) is gone: what was committed last may be, too")
 
     def _upgrade(self) -> None:
         """Bring the tables of this package and of the application up to date, in one transaction."""
         for model in self._models:
             model._meta.set_database(CURRENT)
-        try:
-            version = version_of(self._conn)
-            names = [model._meta.table_name for model in self._models]
-            known = application_version(self._conn, self._migrations, names) if self._migrations else None
-        except UnsuitableHome as error:
-            raise UnsuitableHome(f"{self._path}: {error.message}", hint=error.hint) from None
+        version = version_of(self._conn)
+        names = [model._meta.table_name for model in self._models]
+        known = application_version(self._conn, self._migrations, names) if self._migrations else None
         is_old = version < SCHEMA_VERSION or (
             self._migrations is not None and known is not None and known < self._migrations.version
         )
@@ -242,8 +312,27 @@ class Store:
                 self._db.create_tables(self._models, safe=True)
 
     def close(self) -> None:
+        """Close in order: SQLite moves its log into the file, and the next start finds everything in one place."""
         CURRENT.obj = None
         self._db.close()
+        self._path.with_name(self._path.name + _OPEN).unlink(missing_ok=True)
+
+    def abandon(self) -> None:
+        """Let go of a file that failed without touching it again: no sync is tried twice, no log is moved.
+
+        The next start finds the mark of a store that was not closed, checks the file and recovers its log.
+        """
+        CURRENT.obj = None
+        if not hasattr(self, "_conn"):
+            self._db.close()
+            return
+        # SQLite moves the log when the last connection closes. This one cannot, so the writer is not the last.
+        with contextlib.suppress(sqlite3.Error):
+            last = sqlite3.connect(f"file:{quote(str(self._path))}?mode=ro", uri=True, isolation_level=None)
+            with contextlib.suppress(sqlite3.Error):
+                last.execute("SELECT 1 FROM sqlite_schema").fetchone()
+            self._conn.close()
+            last.close()
 
     def _load(self) -> None:
         """Read into memory what would otherwise be asked for in every tick."""
@@ -263,6 +352,12 @@ class Store:
         self._settled = []
         self._forget_queued()
         self._born_done = set()
+        self._notes_written = 0
+        self._bad_written = ([], [])
+        self.quarantined = one(
+            f"SELECT (SELECT count(*) FROM inbox WHERE state = {INBOX_QUARANTINED})"
+            f" + (SELECT count(*) FROM outbox WHERE state = {QUARANTINED})"
+        ).fetchone()[0]
 
     @property
     def newest_row(self) -> int:
@@ -295,6 +390,8 @@ class Store:
             self._conn.execute("COMMIT")
             self._txn = None
             self._db.pop_transaction()  # type: ignore[no-untyped-call]  # the stubs leave its types out
+            if self._notes_written:
+                self._forget_notes()
             faults.reach("after-commit")
 
     def rollback(self) -> None:
@@ -307,8 +404,8 @@ class Store:
                     self._conn.execute("ROLLBACK")
             with self._translating():
                 self._load()
-        except (pw.PeeweeException, sqlite3.Error) as error:
-            raise StoreFailed(f"the store cannot roll back: {error}") from error
+        except (pw.PeeweeException, sqlite3.Error, StoreFailed) as error:
+            raise StoreBroken(f"the store cannot roll back: {error}", hint="restart the node") from error
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -327,11 +424,9 @@ class Store:
             self.backlog = backlog
             self._forget_queued()
             self._counts = {}
-            if isinstance(error, (sqlite3.OperationalError, pw.OperationalError)) and _is_of_the_disk(
-                str(error)
-            ):
-                with self._translating():
-                    raise  # not the caller's fault: the whole transaction fails
+            if isinstance(error, Exception) and is_of_the_disk(error):
+                # Not the caller's fault: the whole transaction fails.
+                raise failure_of(error, self._path) from error
             raise
         self.write_queued()
         with self._translating():
@@ -341,15 +436,70 @@ class Store:
     def _translating(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, pw.PeeweeException) as error:
-            text = str(error)
-            if "is full" in text:
-                raise DiskLow(
-                    f"the disk is full: {text}", hint="free some space; nothing was accepted"
-                ) from error
-            raise StoreFailed(
-                f"the store failed: {text}", hint=f"see the disk that holds {self._path}"
-            ) from error
+        except (sqlite3.Error, pw.PeeweeException, OSError) as error:
+            raise failure_of(error, self._path) from error
+
+    # -- events and what is quarantined ---------------------------------------------------------------------
+
+    def record(self, kind: str, detail: str, *, now_ms: int, peer: str = "") -> None:
+        """Write an event in the transaction that is open."""
+        self._record([(now_ms, kind, peer, detail[:500])])
+
+    def note(self, kind: str, detail: str, *, peer: str = "") -> None:
+        """Write an event with the next house-keeping. For what happens outside a transaction, or floods."""
+        if len(self._notes) >= _NOTES_MAX:
+            self._notes_lost += 1
+            return
+        self._notes.append((utc_ms(), kind, peer, detail[:500]))
+
+    @property
+    def has_notes(self) -> bool:
+        return bool(self._notes or self._bad_outbox or self._bad_inbox)
+
+    def write_notes(self, now_ms: int) -> list[tuple[str, str]]:
+        """Write what was noted and quarantined meanwhile; return (message id, peer) of what will never leave."""
+        notes = list(self._notes)
+        if self._notes_lost:
+            notes.append((now_ms, "events-lost", "", f"{self._notes_lost} more at that time"))
+        self._notes_written = max(len(self._notes), 1)
+        self._bad_written = (list(self._bad_outbox), list(self._bad_inbox))
+        with self._translating():
+            self._conn.executemany(
+                f"UPDATE outbox SET state = {QUARANTINED}, reason = ? WHERE row = ?",
+                [(DAMAGED, row) for row in self._bad_outbox],
+            )
+            self._conn.executemany(
+                f"UPDATE inbox SET state = {INBOX_QUARANTINED}, due_ms = NULL, reason = ? WHERE row = ?",
+                [(DAMAGED, row) for row in self._bad_inbox],
+            )
+        self._record(notes)
+        return list(self._bad_outbox.values())
+
+    def _record(self, events: Sequence[tuple[int, str, str, str]]) -> None:
+        with self._translating():
+            self._conn.executemany("INSERT INTO event (at_ms, kind, peer, detail) VALUES (?,?,?,?)", events)
+            self._conn.execute(
+                "DELETE FROM event WHERE id <= (SELECT max(id) FROM event) - ?", (self._limits.events_max,)
+            )
+
+    def _forget_notes(self) -> None:
+        """What was noted is on disk."""
+        del self._notes[: self._notes_written]
+        self._notes_written = self._notes_lost = 0
+        for row in self._bad_written[0]:
+            self._bad_outbox.pop(row, None)
+        self._bad_inbox.difference_update(self._bad_written[1])
+        self._bad_written = ([], [])
+
+    def _quarantine(self, box: str, row: int, message_id: str, peer: str) -> None:
+        """Hand a damaged message to nobody from now on. Its row stays: somebody may want to look at it."""
+        if box == "outbox":
+            self._bad_outbox[row] = (message_id, peer)
+        else:
+            self._bad_inbox.add(row)
+        self.quarantined += 1
+        log.error("message quarantined", extra={"box": box, "row": row, "id": message_id, "peer": peer})
+        self.note("quarantine", f"{box} row {row}, message {message_id}: {DAMAGED}", peer=peer)
 
     # -- the inbox ------------------------------------------------------------------------------------------
 
@@ -469,7 +619,8 @@ class Store:
             return []
         with self._translating():
             rows = self._conn.execute(
-                "SELECT row, peer, meta, body FROM inbox WHERE due_ms <= ? ORDER BY row LIMIT ?",
+                "SELECT row, peer, meta, body, lane, digest, msg_id FROM inbox WHERE due_ms <= ?"
+                " ORDER BY row LIMIT ?",
                 (now_ms, limit),
             ).fetchall()
             self._conn.executemany(
@@ -479,10 +630,17 @@ class Store:
             self._next_due_ms = self._conn.execute(
                 "SELECT min(due_ms) FROM inbox WHERE due_ms IS NOT NULL"
             ).fetchone()[0]
-        return [self._read_envelope(*row) for row in rows]
+        return [envelope for envelope in map(self._read_envelope, rows) if envelope]
 
-    def _read_envelope(self, row: int, peer: int, meta: bytes, body: bytes) -> Envelope:
-        return _envelope(row, self._peer_names[peer], parse_metadata(meta, body, self._limits))
+    def _read_envelope(self, found: Sequence[Any]) -> Envelope | None:  # Any: columns of a row
+        """Make of a row what is handed over. None for a damaged one: pages have no checksums, so messages do."""
+        row, peer, meta, body, lane, digest, raw_id = found
+        sender = self._peer_names.get(peer, "")
+        if _is_sound(digest, sender=sender, lane=lane, meta=meta, body=body):
+            return _envelope(row, sender, parse_metadata(meta, body, self._limits))
+        if row not in self._bad_inbox:
+            self._quarantine("inbox", row, _shown_id(raw_id), sender)
+        return None
 
     # -- durable consumers ----------------------------------------------------------------------------------
 
@@ -524,12 +682,19 @@ class Store:
         """Return (envelope, attempts so far) of jobs that are due, oldest first, without those in `leave_out`."""
         with self._translating():
             rows = self._conn.execute(
-                "SELECT i.row, i.peer, i.meta, i.body, j.attempts FROM job j JOIN inbox i ON i.row = j.row"
-                " WHERE j.consumer = ? AND j.due_ms <= ? ORDER BY j.row LIMIT ?",
-                (consumer, now_ms, limit + len(leave_out)),
+                "SELECT j.row, i.peer, i.meta, i.body, i.lane, i.digest, i.msg_id, j.attempts"
+                " FROM job j LEFT JOIN inbox i ON i.row = j.row"
+                f" WHERE j.consumer = ? AND j.due_ms <= ? AND i.state IS NOT {INBOX_QUARANTINED}"
+                " ORDER BY j.row LIMIT ?",
+                (consumer, now_ms, limit + len(leave_out) + len(self._bad_inbox)),
             ).fetchall()
-        fresh = [row for row in rows if row[0] not in leave_out][:limit]
-        return [(self._read_envelope(*row[:4]), row[4]) for row in fresh]
+        found: list[tuple[Envelope, int]] = []
+        for row in rows:
+            if len(found) < limit and row[0] not in leave_out:
+                envelope = self._read_envelope(row[:7])
+                if envelope is not None:
+                    found.append((envelope, row[7]))
+        return found
 
     def job_done(self, consumer: int, row: int) -> bool:
         """Settle a job. Returns whether it was still there to be settled."""
@@ -667,6 +832,9 @@ class Store:
                 f" WHERE peer = ? AND state = {DELIVERED} AND settled_ms > ? ORDER BY row DESC LIMIT ?)",
                 (number, now_ms - self._limits.retained_ms, self._limits.retained_messages),
             )
+        self.record(
+            "regression", f"{cursor.rowcount} delivered messages are sent again", now_ms=now_ms, peer=peer
+        )
         return cursor.rowcount
 
     # -- what the link reads (committed, because it reads between transactions) -----------------------------
@@ -674,26 +842,41 @@ class Store:
     def in_doubt(self, peer: str, limit: int) -> list[tuple[str, bytes]]:
         with self._translating():
             rows = self._conn.execute(
-                "SELECT o.msg_id, m.digest FROM outbox o JOIN message m ON m.id = o.message"
+                "SELECT o.msg_id, m.digest, o.row FROM outbox o JOIN message m ON m.id = o.message"
                 f" WHERE o.peer = ? AND o.state = {QUEUED} ORDER BY o.row LIMIT ?",
                 (self._peer_id(peer), limit),
             ).fetchall()
-        return [(id_from_bytes(raw_id), digest) for raw_id, digest in rows]
+        return [
+            (id_from_bytes(raw_id), digest)
+            for raw_id, digest, row in rows
+            if row not in self._bad_outbox and isinstance(digest, bytes)
+        ]
 
     def queued_after(self, peer: str, row: int, *, messages: int, size: int) -> list[Queued]:
-        with self._translating():
-            cursor = self._conn.execute(
-                "SELECT o.row, o.msg_id, m.meta, m.body FROM outbox o JOIN message m ON m.id = o.message"
-                f" WHERE o.peer = ? AND o.state = {QUEUED} AND o.row > ? ORDER BY o.row LIMIT ?",
-                (self._peer_id(peer), row, messages),
-            )
-            queued: list[Queued] = []
-            for number, raw_id, meta, body in cursor:
-                queued.append(Queued(row=number, id=id_from_bytes(raw_id), meta=meta, body=body))
-                size -= len(meta) + len(body)
-                if size <= 0:
-                    break
-            cursor.close()
+        queued: list[Queued] = []
+        while not queued:  # damaged ones are passed over, and there may be sound ones behind them
+            with self._translating():
+                cursor = self._conn.execute(
+                    "SELECT o.row, o.msg_id, m.meta, m.body, m.digest FROM outbox o"
+                    " LEFT JOIN message m ON m.id = o.message"
+                    f" WHERE o.peer = ? AND o.state = {QUEUED} AND o.row > ? ORDER BY o.row LIMIT ?",
+                    (self._peer_id(peer), row, messages),
+                )
+                read = 0
+                for number, raw_id, meta, body, digest in cursor:
+                    read, row = read + 1, number
+                    if number in self._bad_outbox:
+                        continue
+                    if not _is_sound(digest, sender=self._me, lane=0, meta=meta, body=body):
+                        self._quarantine("outbox", number, _shown_id(raw_id), peer)
+                        continue
+                    queued.append(Queued(row=number, id=id_from_bytes(raw_id), meta=meta, body=body))
+                    size -= len(meta) + len(body)
+                    if size <= 0:
+                        break
+                cursor.close()
+            if read < messages:
+                break
         return queued
 
     def held(self, peer: str, ids: Sequence[str], digests: Sequence[bytes]) -> Held:
@@ -895,6 +1078,15 @@ class Store:
         ]
 
 
+def read_events(db: pw.Database, limit: int, kind: str | None) -> list[Event]:
+    """Return the newest events first, of one kind or of all."""
+    sql = "SELECT id, at_ms, kind, peer, detail FROM event WHERE ?1 IS NULL OR kind = ?1 ORDER BY id DESC LIMIT ?2"
+    rows = db.execute_sql(sql, (kind, limit)).fetchall()  # type: ignore[no-untyped-call]  # not in the stubs
+    return [
+        Event(id=id_, at_ms=at, kind=what, peer=peer, detail=detail) for id_, at, what, peer, detail in rows
+    ]
+
+
 class Reader:
     """A read-only view of a store for one thread; sees what is committed."""
 
@@ -919,49 +1111,6 @@ class Reader:
         self._conn.close()
 
 
-def copy_to(conn: sqlite3.Connection, path: Path, *, replace: bool) -> None:
-    """Write a consistent copy of a store, whole or not at all: mode 0600, on disk when this returns.
-
-    Raises FileExistsError unless it may `replace` what is there. The snapshot is held for as long as it takes, so
-    that no commit starts the copy over; other connections go on meanwhile.
-    """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        copy = sqlite3.connect(draft, isolation_level=None)
-        try:
-            conn.execute("BEGIN")
-            conn.execute("SELECT 1 FROM sqlite_schema").fetchone()
-            conn.backup(copy, pages=_COPY_PAGES)
-            # One plain file: a copy in WAL mode would grow companions as soon as somebody looks into it.
-            copy.execute("PRAGMA journal_mode = delete")
-        finally:
-            copy.close()
-            if conn.in_transaction:
-                conn.execute("ROLLBACK")
-        os.fsync(fd)
-        if replace:
-            os.replace(draft, path)
-        else:
-            os.link(draft, path)
-        _sync_folder(path.parent)
-    finally:
-        os.close(fd)
-        draft.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _is_of_the_disk(text: str) -> bool:
-    return "is full" in text or "disk I/O" in text or "malformed" in text
-
-
 def _envelope(row: int, sender: str, message: Message) -> Envelope:
     return Envelope(
         row=row,
@@ -974,5 +1123,20 @@ def _envelope(row: int, sender: str, message: Message) -> Envelope:
     )
 
 
+def _is_sound(digest: bytes | None, *, sender: str, lane: int, meta: object, body: object) -> bool:
+    """Say whether a message is what was stored. A damaged row may hold anything, text and nothing included."""
+    if not isinstance(meta, bytes) or not isinstance(body, bytes):
+        return False
+    return digest_of(sender=sender, lane=lane, meta=meta, body=body) == digest
+
+
+def _shown_id(raw_id: object) -> str:
+    return id_from_bytes(raw_id) if isinstance(raw_id, bytes) else "?"
+
+
 def _subject_of(meta: bytes) -> str:
-    return str(json.loads(meta)["subject"])
+    """Read the subject for SQL; of damaged metadata none, which no pattern matches."""
+    try:
+        return str(json.loads(meta)["subject"])
+    except (ValueError, TypeError, KeyError):
+        return ""

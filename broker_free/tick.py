@@ -34,6 +34,7 @@ from broker_free import link as links
 from broker_free.errors import (
     InvalidInput,
     OutcomeUnknown,
+    StoreBroken,
     StoreFailed,
     TooLarge,
     TransactionMisused,
@@ -592,14 +593,18 @@ class Tick:
         """Write what is pending and say goodbye, so that peers dial again at once when this node is back."""
         if self._marks:
             self._transaction(())
+        self.end_sessions("closing")
+
+    def end_sessions(self, reason: str) -> None:
+        """Say goodbye to every peer."""
         for peer, link in self.links.items():
-            self._do(peer, link.drop("closing", self._now_ms))
+            self._do(peer, link.drop(reason, self._now_ms))
 
     def _transaction(self, work: Sequence[Work]) -> None:
         inputs, self._inputs = self._inputs, _Inputs()
         outcome = Outcome()
         offered: set[str] = set()
-        sent_early = False
+        sent_early = is_committing = False
         try:
             self._journal.begin()
             self._write_inputs(inputs, outcome)
@@ -611,10 +616,14 @@ class Tick:
             if sent_early:
                 faults.reach("early-data-sent")
             self._write_marks()  # after the wire: nobody waits for these, and the peer is already at work
+            is_committing = True
             self._journal.commit()
         except StoreFailed as error:
-            self._journal.rollback()
-            self._fail(work, error, sent_early)
+            # A sync that failed proves nothing: the log may hold the whole of it, and a restart would find it.
+            is_unknown = sent_early or (is_committing and isinstance(error, StoreBroken))
+            broken = self._rolled_back()
+            self._fail(work, error, is_unknown)
+            self._outcome.error = broken or error
             return
         self._marks.clear()
         self._marks_last.clear()
@@ -624,6 +633,14 @@ class Tick:
         outcome.entries += inputs.entries.values()
         outcome.regressed += inputs.regressed
         self._outcome = _joined(self._outcome, outcome)
+
+    def _rolled_back(self) -> StoreFailed | None:
+        """Undo the transaction; return why that failed, if it did."""
+        try:
+            self._journal.rollback()
+        except StoreFailed as error:
+            return error
+        return None
 
     def _write_inputs(self, inputs: _Inputs, outcome: Outcome) -> None:
         journal, utc_ms = self._journal, self._utc_ms
@@ -844,19 +861,17 @@ class Tick:
             for peer, link in self.links.items():
                 self._do(peer, link.tell(REGISTRY, body))
 
-    def _fail(self, work: Sequence[Work], error: StoreFailed, sent_early: bool) -> None:
+    def _fail(self, work: Sequence[Work], error: StoreFailed, is_unknown: bool) -> None:
         """Nothing of this tick is on disk. End every session: what was sent early is found out by the resync."""
         log.error("transaction failed", extra={"error": error.message})
-        for peer, link in self.links.items():
-            self._do(peer, link.drop("commit failed", self._now_ms))
+        self.end_sessions("commit failed")
         cause: StoreFailed = error
-        if sent_early:
+        if is_unknown:
             cause = OutcomeUnknown(
-                f"the commit failed after messages had left: {error.message}",
+                f"the commit failed, and it may have happened all the same: {error.message}",
                 hint="publish again under the same message id; a copy that did arrive is recognised",
             )
         self._outcome.failures += [(one, cause) for one in work]
-        self._outcome.error = error
 
     # -- carrying out what the links say --------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import psutil
 import pytest
@@ -128,6 +128,24 @@ def eventually() -> Callable[..., None]:
             time.sleep(0.01)
 
     return wait
+
+
+def cannot(reason: str) -> NoReturn:
+    """Skip a test whose fault cannot be made on this machine; where all of them must run, fail instead."""
+    if os.environ.get("ZMAIL_REQUIRE_ROOT_FAULTS") == "1":
+        pytest.fail(f"must not be skipped here (ZMAIL_REQUIRE_ROOT_FAULTS=1): {reason}")
+    pytest.skip(reason)
+
+
+def need_root() -> None:
+    """For tests that mount file systems or make network namespaces."""
+    if os.geteuid() != 0 or not sys.platform.startswith("linux"):
+        cannot("needs root on Linux")
+
+
+def need_program(name: str) -> str:
+    """For tests that call a program of the system. Returns its path."""
+    return shutil.which(name) or cannot(f"needs {name}")
 
 
 def stop_node(folder: Path, *, timeout: float = 5) -> None:

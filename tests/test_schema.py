@@ -18,7 +18,8 @@ import pytest
 from broker_free.errors import StoreFailed, UnsuitableHome
 from broker_free.limits import Limits
 from broker_free.schema import SCHEMA_VERSION, STEPS, Migrations
-from broker_free.store import BEFORE_UPGRADE, Store
+from broker_free.store import Store
+from broker_free.storefile import BEFORE_UPGRADE
 from tests.conftest import Zmail
 
 DATA = Path(__file__).with_name("data") / "version1"

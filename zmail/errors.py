@@ -68,6 +68,7 @@ EXIT_CODES: dict[str, int] = {
     "pairing-refused": 1,
     "store-failed": 1,
     "disk-low": 1,
+    "store-broken": 1,
     "outcome-unknown": 1,
     "outbox-full": 1,
     "node-closed": 1,
