@@ -73,6 +73,7 @@ class Mesh:
     def __init__(self, *, host: Host, name: str, node_id: str, keys: KeyPair, store: Store) -> None:
         self.members: dict[str, Member] = {}
         self.endpoints: list[str] = []  # where this node listens
+        self.advertise: tuple[str, ...] = ()  # where others reach it, if that is another place
         self.beat_endpoint = ""
         self.tick: Tick
         self.transport: Transport
@@ -128,7 +129,7 @@ class Mesh:
 
     def reachable_at(self) -> list[str]:
         """Return the endpoints at which another machine may reach this node, the likeliest first."""
-        return [one for endpoint in self.endpoints for one in _reachable(endpoint)]
+        return list(self.advertise) or [one for endpoint in self.endpoints for one in _reachable(endpoint)]
 
     def note_whereabouts(self, peer: str, about: Mapping[str, Any]) -> None:
         """Take in what a peer said of itself in its greeting."""

@@ -125,14 +125,20 @@ class Node:
         limits: Limits | None = None,
         models: Sequence[type[peewee.Model]] = (),
         migrations: Migrations | None = None,
+        advertise: Sequence[str] = (),
     ) -> None:
-        """`models` are an application's tables in this node's store, `migrations` how they came to be so."""
+        """`models` are an application's tables in this node's store, `migrations` how they came to be so.
+
+        `advertise` names the endpoints at which others reach this node, where it cannot know them by itself: behind
+        a forwarded port, an address translation, a container.
+        """
         self.name = name
         self.home = Path(home)
         self.node_id = ""
         self.endpoints: list[str] = []
         self.boot = secrets.randbits(63)
         self.limits = limits or Limits()
+        self.advertise = tuple(_endpoint_of(one) for one in advertise)
         self._listen = listen
         self._models = tuple(models)
         self._migrations = migrations

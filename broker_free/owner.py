@@ -296,6 +296,7 @@ class Owner:
         mesh.transport = self._transport = Transport(keys=self.keys, admit=mesh.admit, limits=self._limits)
         endpoint, mesh.beat_endpoint = self._transport.bind(listen)
         mesh.endpoints = node.endpoints = [endpoint]
+        mesh.advertise = node.advertise
         entries = self._store.registry_load()
         mesh.tick = self._tick = Tick(
             me=node.node_id,

@@ -224,7 +224,7 @@ class Fleet:
 
     def add(self, name: str, **spec: Any) -> NodeProcess:
         """Start a node at a loopback address that nobody else uses, so that it finds its port free after a kill."""
-        spec.setdefault("listen", f"tcp://{_own_address()}:7420")
+        spec.setdefault("listen", f"tcp://{own_address()}:7420")
         spec.setdefault("limits", self.limits)
         node = self.nodes[name] = NodeProcess(self, name, **spec)
         node.start()
@@ -348,7 +348,8 @@ class Fleet:
             raise Violated(self.trace("I8: " + "; ".join(verdict["flaps"][:10])))
 
 
-def _own_address() -> str:
+def own_address() -> str:
+    """Choose a loopback address that nobody else uses: on Linux all of 127.0.0.0/8 is there."""
     if sys.platform != "linux":
         return "127.0.0.1"
     return f"127.{secrets.randbelow(200) + 20}.{secrets.randbelow(256)}.{secrets.randbelow(254) + 1}"

@@ -9,12 +9,16 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from tests.faults.fleet import FAST, Fleet, Violated
+from tests.faults.fleet import ANSWER_S, FAST, Fleet, NodeProcess, Violated, own_address
+from tests.faults.netns import Lan
+from tests.faults.proxy import Proxy
 
 Measured = dict[str, Any]
 Scenario = Callable[..., Measured]
@@ -46,8 +50,7 @@ def pause(folder: Path, *, seed: int | None = None) -> Measured:
     """F16: SIGSTOP one node until the others call it down, then SIGCONT: nobody else flaps, nothing is lost."""
     with Fleet(folder, seed=seed, limits=FAST) as fleet:
         nodes = fleet.mesh("a", "b", "c", "d")
-        for node in nodes:
-            fleet.see(node, "alive", [other for other in nodes if other is not node])
+        _all_alive(fleet, nodes)
         since = time.monotonic()
         fleet.everybody_streams(batch=8, gap_ms=40)
         victim = fleet.random.choice(nodes)
@@ -69,6 +72,150 @@ def pause(folder: Path, *, seed: int | None = None) -> Measured:
         downs = [at - paused for at, _, state in fleet.views(victim, since) if state == "down"]
         backs = [at - resumed for at, _, state in fleet.views(victim, resumed) if state == "alive"]
         return {**fleet.judge(), "down_s": max(downs), "alive_s": max(backs)}
+
+
+def bad_network(folder: Path, *, seed: int | None = None, times: int = 10) -> Measured:
+    """F15: latency, resets, half-closed connections and wrong bytes, `times` of each, under a continuous stream."""
+    with Fleet(folder, seed=seed) as fleet, ExitStack() as stack:
+        proxies = []
+        for name in ("a", "b", "c"):
+            address, in_front = own_address(), own_address()
+            proxy = Proxy((in_front, 7421), (address, 7420), seed=fleet.random.getrandbits(32))
+            proxies.append(stack.enter_context(proxy))
+            advertise = [f"tcp://{in_front}:7421"]
+            fleet.add(name, listen=f"tcp://{address}:7420", node={"advertise": advertise})
+        for inviting, joining in combinations(fleet.nodes.values(), 2):
+            fleet.pair(inviting, joining)
+        fleet.everybody_streams(batch=8, gap_ms=8)
+        cuts = 0
+        kinds = ["latency", "reset", "half-close", "corrupt"] * times
+        fleet.random.shuffle(kinds)
+        for kind in kinds:
+            proxy = fleet.random.choice(proxies)
+            fleet.fault(kind, *fleet.nodes.values())
+            match kind:
+                case "latency":
+                    proxy.delay(fleet.random.choice([0.005, 0.05, 0.3]))
+                case "reset":
+                    cuts += proxy.reset()
+                case "half-close":
+                    cuts += proxy.half_close()
+                case "corrupt":
+                    proxy.corrupt(fleet.random.randint(1, 3))
+            time.sleep(fleet.random.uniform(0.05, 0.4))
+            proxy.delay(0)
+        fleet.healed(*fleet.nodes.values())
+        dialled = sum(proxy.connections for proxy in proxies)
+        if cuts < times or dialled < times:
+            raise Violated(fleet.trace(f"{cuts} cuts, {dialled} dials: the proxies were not in the way"))
+        return {**fleet.judge(), "cuts": cuts, "dials": dialled}
+
+
+def partition(folder: Path, *, seed: int | None = None) -> Measured:
+    """F12: the cables of some machines are pulled until everybody knows, then plugged in again."""
+    machines = 4
+    with Lan(machines) as lan, Fleet(folder, seed=seed, limits=FAST) as fleet:
+        nodes = _on_lan(fleet, lan)
+        _all_alive(fleet, nodes)
+        since = time.monotonic()
+        fleet.everybody_streams(batch=8, gap_ms=40)
+        alone = fleet.random.sample(range(machines), fleet.random.choice([1, 2]))
+        rest = [node for number, node in enumerate(nodes) if number not in alone]
+        time.sleep(fleet.random.uniform(0.0, 0.5))
+        fleet.fault("partition", *(nodes[number] for number in alone))
+        began = time.monotonic()
+        for number in alone:
+            lan.unplug(number)
+        for number in alone:
+            fleet.see(nodes[number], "down", rest)
+            for node in rest:
+                fleet.see(node, "down", [nodes[number]])
+        down_s = time.monotonic() - began
+        queued = sum(node.ask("queued")["queued"] for node in nodes)
+        if queued == 0:
+            raise Violated(fleet.trace("nothing waited for the other side: there was no partition"))
+        for number in alone:
+            lan.plug(number)
+        fleet.healed(*(nodes[number] for number in alone))
+        healed = time.monotonic()
+        _all_alive(fleet, nodes)
+        alive_s = time.monotonic() - healed
+        fleet.judge_presence(bound_s=ANSWER_S, since=since)
+        return {**fleet.judge(), "down_s": down_s, "alive_s": alive_s, "queued": queued}
+
+
+def one_way(folder: Path, *, seed: int | None = None) -> Measured:
+    """F13: one machine's packets to another vanish, the way back works. Nobody's view goes to and fro."""
+    machines = 3
+    with Lan(machines) as lan, Fleet(folder, seed=seed, limits=FAST) as fleet:
+        nodes = _on_lan(fleet, lan)
+        _all_alive(fleet, nodes)
+        since = time.monotonic()
+        fleet.everybody_streams(batch=8, gap_ms=40)
+        mute, deaf = fleet.random.sample(range(machines), 2)
+        fleet.fault("one-way", nodes[mute], nodes[deaf])
+        lan.lose(mute, to=deaf)
+        # Long enough for each view to settle and to show that it stays: time itself is what is waited for.
+        time.sleep(4 * FAST["down_after_ms"] / 1_000)
+        changes = [
+            (round(at - since, 2), observer, peer.name, state)
+            for peer in nodes
+            for at, observer, state in fleet.views(peer, since)
+        ]
+        lan.find(mute, to=deaf)
+        fleet.healed(nodes[mute], nodes[deaf])
+        for observer in nodes:
+            for peer in nodes:
+                mine = [change for change in changes if change[1:3] == (observer.name, peer.name)]
+                if sum(change[3] == "alive" for change in mine) > 1:
+                    raise Violated(fleet.trace(f"I8: a view that flaps: {mine}"))
+                if mine and not {observer, peer} <= {nodes[mute], nodes[deaf]}:
+                    raise Violated(fleet.trace(f"I8: a view that no fault touched changed: {mine}"))
+        _all_alive(fleet, nodes)
+        return {**fleet.judge(), "changes": changes}
+
+
+def dial_only(folder: Path, *, seed: int | None = None) -> Measured:
+    """A peer that nobody can dial is delivered to over the link that it dialled itself, and seen over it too."""
+    with Lan(2) as lan, Fleet(folder, seed=seed, limits=FAST) as fleet:
+        a = fleet.add("a", listen=f"tcp://{lan.addresses[0]}:7420", netns=lan.namespaces[0])
+        # Its listener is on its own loopback: what it tells others to dial leads them nowhere.
+        hidden = fleet.add("hidden", listen="tcp://127.0.0.1:7420", netns=lan.namespaces[1])
+        fleet.pair(a, hidden)
+        fleet.stream(a, [hidden], count=200)
+        a.ask("wait")
+        fleet.until(lambda: a.ask("queued")["queued"] == 0, "acks over the link that the hidden node dialled")
+        fleet.fault("kill", hidden)
+        hidden.kill()
+        fleet.stream(a, [hidden], count=200)
+        a.ask("wait")
+        if a.ask("queued")["queued"] != 200:
+            raise Violated(fleet.trace("the hidden node was dead and confirmed something"))
+        hidden.start()
+        fleet.healed(hidden)
+        fleet.until(lambda: a.ask("queued")["queued"] == 0, "what waited for the hidden node")
+        _all_alive(fleet, [a, hidden])
+        since = time.monotonic()
+        # Nothing is sent now: whoever is only alive while it talks would become suspect in this time.
+        time.sleep(2 * FAST["suspect_after_ms"] / 1_000)
+        fleet.judge_presence(bound_s=0, since=since)
+        return fleet.judge()
+
+
+def _on_lan(fleet: Fleet, lan: Lan) -> list[NodeProcess]:
+    """One node on each machine, each knowing each."""
+    nodes = [
+        fleet.add(f"n{number}", listen=f"tcp://{address}:7420", netns=namespace)
+        for number, (address, namespace) in enumerate(zip(lan.addresses, lan.namespaces, strict=True))
+    ]
+    for inviting, joining in combinations(nodes, 2):
+        fleet.pair(inviting, joining)
+    return nodes
+
+
+def _all_alive(fleet: Fleet, nodes: Sequence[NodeProcess]) -> None:
+    for node in nodes:
+        fleet.see(node, "alive", [other for other in nodes if other is not node])
 
 
 def slow_consumer(folder: Path, *, seed: int | None = None) -> Measured:
