@@ -43,6 +43,10 @@ class Leases:
         """Return the rows that are not free."""
         return {row for number, row in self._held if number == consumer}
 
+    def rows(self) -> set[int]:
+        """Return the inbox rows of all leased jobs."""
+        return {row for _, row in self._held}
+
     def reserve(self, consumer: int, rows: Iterable[int], *, holder: int) -> list[Lease]:
         """Keep free jobs for one holder."""
         reserved = []

@@ -155,7 +155,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """The time of this message ran out before it could leave."""
+    """The lifetime of this message ran out before it could leave."""
 
     id: str
 

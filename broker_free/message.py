@@ -54,6 +54,7 @@ class Envelope:
     body: bytes
     headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
     reply_to: str | None = None
+    ttl_ms: int | None = None  # what remained of its lifetime when it arrived, if its sender gave it one
 
 
 def new_id(now_ms: int) -> str:

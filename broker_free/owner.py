@@ -15,10 +15,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from broker_free import faults, frames
-from broker_free.clock import mono_ms, utc_ms
+from broker_free.clock import SteadyClock, machine_boot, mono_ms, since_boot_ms, utc_ms
 from broker_free.consumer import Lease, Leases
 from broker_free.errors import (
     BrokerFreeError,
@@ -40,7 +41,7 @@ from broker_free.registry import Registry
 from broker_free.schema import Migrations
 from broker_free.security import KeyPair, load_or_create_keys, node_id_of
 from broker_free.store import DAMAGED, Store
-from broker_free.tick import Effect, Outcome, Tick, Transact, Tx, Work
+from broker_free.tick import EXPIRED, Effect, Outcome, Tick, Transact, Tx, Work
 from broker_free.transport import Beat, Closed, Connected, Received, Transport, new_keypair
 from broker_free.watch import Watch
 
@@ -117,11 +118,12 @@ class Owner:
         self._store: Store
         self._transport: Transport
         self._tick: Tick
+        self._steady: SteadyClock
         self._watch: Watch
         self.mesh: Mesh
         self._rtt: dict[str, float] = {}
         self._housekeeping_due_ms = 0
-        self._prune_due_ms = 0  # UTC
+        self._prune_due_ms = 0  # steady
         self._dirty: set[str] = set()  # peers whose view has changed
         self._leases = Leases()
         self._broken: StoreFailed | None = None  # why the store is not written to any more
@@ -201,7 +203,7 @@ class Owner:
 
     def return_job(self, tx: Tx, lease: Lease, delay_ms: int) -> None:
         self._leases.check(lease, now_ms=mono_ms())
-        self._store.job_again(lease.consumer, lease.row, tx.now_ms + delay_ms)
+        self._store.job_again(lease.consumer, lease.row, tx.steady_ms + delay_ms)
         tx.after_commit(lambda: self._free(lease))
 
     def _free(self, lease: Lease) -> None:
@@ -218,7 +220,7 @@ class Owner:
             self._queue.append(Transact(fn=self._count_lapsed, args=(consumer, lapsed)))
         found = self._store.jobs(
             consumer,
-            now_ms=utc_ms(),
+            now_ms=self._steady.ms(),
             limit=self._limits.credit_messages,
             leave_out={*self._leases.held(consumer), *lapsed},
         )
@@ -230,7 +232,7 @@ class Owner:
     def _count_lapsed(self, tx: Tx, consumer: int, rows: Sequence[int]) -> None:
         for row in rows:
             log.warning("lease over", extra={"row": row})
-            self._store.job_again(consumer, row, tx.now_ms)
+            self._store.job_again(consumer, row, tx.steady_ms)
         tx.after_commit(self._node.jobs_are_free)
 
     def extend_lease(self, lease: Lease, lease_ms: int) -> None:
@@ -290,6 +292,11 @@ class Owner:
             migrations=migrations,
         )
         self._store.open()
+        self._steady = SteadyClock(
+            self._store.anchor(), boot=machine_boot(), since_boot_ms=since_boot_ms(), utc_ms=utc_ms()
+        )
+        if (anchor := self._steady.anchor(utc_ms=utc_ms())) is not None:
+            self._store.save_anchor(anchor)
         mesh = self.mesh = Mesh(
             host=self, name=node.name, node_id=node.node_id, keys=self.keys, store=self._store
         )
@@ -362,7 +369,7 @@ class Owner:
             timeout_ms = 0 if self._queue else self._sleep_ms()
 
     def _turn(self, events: Sequence[Connected | Closed | Received | Beat], now_ms: int) -> None:
-        self._tick.start(now_ms=now_ms, utc_ms=utc_ms())
+        self._tick.start(now_ms=now_ms, utc_ms=utc_ms(), steady_ms=self._steady.ms())
         for event in events:
             self._on_event(event, now_ms)
         work = self._take_work()
@@ -534,30 +541,35 @@ class Owner:
         self._watch.tick(now_ms)
         if self._dirty:
             self.tell_views()
+        if self._broken is not None:
+            if now_ms >= self._housekeeping_due_ms:
+                self._housekeeping_due_ms = now_ms + _HOUSEKEEPING_MS
+            return
+        next_expiry_ms = self._store.next_expiry_ms
+        if next_expiry_ms is not None and self._steady.ms() >= next_expiry_ms:
+            self._store.next_expiry_ms = None  # found anew at the end of it
+            self._queue.append(Transact(fn=self._clean_up))
         if now_ms >= self._housekeeping_due_ms:
             self._housekeeping_due_ms = now_ms + _HOUSEKEEPING_MS
-            if self._broken is not None:
-                return
             self._tell_health()
-            now_utc_ms = utc_ms()
+            now_utc_ms, steady_ms = utc_ms(), self._steady.ms()
+            anchor = self._steady.anchor(utc_ms=now_utc_ms)
+            if anchor is not None:  # UTC was set
+                self._queue.append(Transact(fn=lambda tx: self._store.save_anchor(anchor)))
             # An idle node writes nothing: a laptop's disk may sleep.
-            if (
-                self.mesh.has_expired(now_utc_ms)
-                or now_utc_ms >= self._prune_due_ms
-                or self._store.has_expired(now_utc_ms)
-                or self._store.has_notes
-            ):
+            if self.mesh.has_expired(now_utc_ms) or steady_ms >= self._prune_due_ms or self._store.has_notes:
                 self._queue.append(Transact(fn=self._clean_up))
 
     def _clean_up(self, tx: Tx) -> None:
         """One slice of house-keeping, inside a transaction."""
         if self._store.has_notes:
             self._write_notes(tx)
-        if tx.now_ms >= self._prune_due_ms and not self._store.prune(tx.now_ms):
-            self._prune_due_ms = tx.now_ms + _PRUNE_MS
+        if tx.steady_ms >= self._prune_due_ms and not self._store.prune(tx.steady_ms):
+            self._prune_due_ms = tx.steady_ms + _PRUNE_MS
         for peer, link in self._tick.links.items():
-            for message_id in self._store.expire(peer, beyond_row=link.cursor, now_ms=tx.now_ms):
-                self.tell(self._node.take, Outcome(dead=[(message_id, peer, "expired")]))
+            for message_id in self._store.expire(peer, beyond_row=link.cursor, now_ms=tx.steady_ms):
+                tx.after_commit(partial(self._node.take, Outcome(dead=[(message_id, peer, EXPIRED)])))
+        self._store.expire_inbox(tx.steady_ms, leave_out=self._leases.rows())
         self.mesh.strike_expired(tx.now_ms)
         for peer, seen_ms in self._watch.seen_ms.items():
             self._store.save_seen(peer, seen_ms)
@@ -580,7 +592,10 @@ class Owner:
     def _sleep_ms(self) -> int:
         tick_ms = self._tick.next_wake_ms() if self._broken is None else self._housekeeping_due_ms
         due_ms = min(tick_ms, self._watch.next_wake_ms(), self._housekeeping_due_ms)
-        return max(0, due_ms - mono_ms())
+        sleep_ms = max(0, due_ms - mono_ms())
+        if self._store.next_expiry_ms is not None and self._broken is None:
+            sleep_ms = min(sleep_ms, max(0, self._store.next_expiry_ms - self._steady.ms()))
+        return sleep_ms
 
     def tell(self, fn: Callable[..., object], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody is left to hear it

@@ -53,7 +53,11 @@ STEPS: Final[tuple[tuple[str, ...], ...]] = (
         "CREATE INDEX outbox_quarantined ON outbox (row) WHERE state = 5",
         "CREATE INDEX inbox_quarantined ON inbox (row) WHERE state = 4",
         "CREATE TABLE application (name TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID",
-        # -- link
+        # -- link: lifetimes of what is in the inbox, the steady clock they count in, receipts on their way back
+        "ALTER TABLE outbox ADD COLUMN is_timed INTEGER NOT NULL DEFAULT 0",
+        "CREATE TABLE lifetime (row INTEGER PRIMARY KEY, expires_ms INTEGER NOT NULL)",
+        """CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 1), machine_boot TEXT NOT NULL,
+        offset_ms INTEGER NOT NULL, ahead_ms INTEGER NOT NULL, at_ms INTEGER NOT NULL)""",
         # -- blob
         # -- registry: one row a key. Until now an entry belonged to its writer, and owned buckets keep that.
         """CREATE TABLE entry (bucket TEXT NOT NULL, key TEXT NOT NULL, value TEXT, stamp INTEGER NOT NULL,

@@ -25,9 +25,9 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -35,7 +35,7 @@ from urllib.parse import quote
 import peewee as pw
 
 from broker_free import faults
-from broker_free.clock import utc_ms
+from broker_free.clock import Anchor, utc_ms
 from broker_free.errors import (
     Conflict,
     DiskLow,
@@ -89,6 +89,7 @@ _NOTES_MAX: Final = 100  # events waiting for the next house-keeping; what flood
 _OPEN: Final = ".open"  # exists beside the store while a node has it, and after one that did not close it
 _PRUNE_SLICE: Final = 500  # rows a tick: long work is done in small slices
 _IDS_A_QUERY: Final = 256
+_LOOK_AGAIN_MS: Final = 1_000
 
 
 class ThreadDatabase(pw.DatabaseProxy):
@@ -166,7 +167,7 @@ _INSERT_INBOX: Final = """INSERT INTO inbox
     (row, peer, msg_id, lane, meta, body, digest, state, arrived_ms) VALUES (?,?,?,?,?,?,?,?,?)"""
 _INSERT_MESSAGE: Final = "INSERT INTO message (id, msg_id, meta, body, digest, refs) VALUES (?,?,?,?,?,?)"
 _INSERT_OUTBOX: Final = """INSERT INTO outbox
-    (row, peer, msg_id, message, bytes, queued_ms, expires_ms) VALUES (?,?,?,?,?,?,?)"""
+    (row, peer, msg_id, message, bytes, queued_ms, expires_ms, is_timed) VALUES (?,?,?,?,?,?,?,?)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +224,8 @@ class Store:
         self._next_due_ms: int | None = None
         self._has_seen = False
         self.backlog = 0
+        # Steady; when `expire` may have something to do, never too late.
+        self.next_expiry_ms: int | None = None
         self._notes: list[tuple[int, str, str, str]] = []  # events to be written with the next house-keeping
         self._notes_lost = 0
         self._notes_written = 0  # of them, in the transaction that is open
@@ -343,11 +346,9 @@ class Store:
         self._peer_ids = dict(one("SELECT node_id, id FROM peer").fetchall())
         self._peer_names = {number: node_id for node_id, number in self._peer_ids.items()}
         self._consumers = one("SELECT id, pattern FROM consumer").fetchall()
-        self._next_due_ms = one("SELECT min(due_ms) FROM inbox WHERE due_ms IS NOT NULL").fetchone()[0]
         self._has_seen = one("SELECT EXISTS (SELECT 1 FROM seen)").fetchone()[0] == 1
-        self.backlog = one(
-            "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM inbox WHERE due_ms IS NOT NULL)"
-        ).fetchone()[0]
+        self._recount_waiting()
+        self._find_next_expiry()
         self._counts = {}
         self._settled = []
         self._forget_queued()
@@ -363,6 +364,12 @@ class Store:
     def newest_row(self) -> int:
         """The newest inbox row."""
         return self._next_inbox - 1
+
+    def _find_next_expiry(self) -> None:
+        self.next_expiry_ms = self._conn.execute(
+            f"SELECT min(at) FROM (SELECT min(expires_ms) AS at FROM outbox WHERE state = {QUEUED}"
+            " UNION ALL SELECT min(expires_ms) FROM lifetime)"
+        ).fetchone()[0]
 
     # -- transactions ---------------------------------------------------------------------------------------
 
@@ -504,7 +511,12 @@ class Store:
     # -- the inbox ------------------------------------------------------------------------------------------
 
     def accept(
-        self, sender: str, lane: int, records: Sequence[tuple[bytes, bytes]], now_ms: int
+        self,
+        sender: str,
+        lane: int,
+        records: Sequence[tuple[bytes, bytes]],
+        now_ms: int,
+        ttls: Sequence[int] = (),
     ) -> list[Accepted]:
         peer = self._peer_id(sender)
         parsed: list[tuple[bytes, bytes, bytes, Message] | str] = []
@@ -527,7 +539,24 @@ class Store:
                 sender, peer, lane=lane, parsed=parsed, known=self._known(peer, ids), now_ms=now_ms
             )
             assert accepted is not None, "what is not known can be inserted"
+        if ttls:
+            self._limit_lives(accepted, ttls, now_ms)
         return accepted
+
+    def _limit_lives(self, accepted: Sequence[Accepted], ttls: Sequence[int], now_ms: int) -> None:
+        """Write down until when new messages may be handed out, and tell their effects what remains."""
+        limited: list[tuple[int, int]] = []
+        for one, ttl_ms in zip(accepted, ttls, strict=True):
+            if ttl_ms and one.envelope is not None:
+                one.envelope = replace(one.envelope, ttl_ms=ttl_ms)
+                limited.append((one.row, now_ms + ttl_ms))
+                self._expect_expiry(now_ms + ttl_ms)
+        with self._translating():
+            self._conn.executemany("INSERT INTO lifetime (row, expires_ms) VALUES (?, ?)", limited)
+
+    def _expect_expiry(self, at_ms: int) -> None:
+        if self.next_expiry_ms is None or at_ms < self.next_expiry_ms:
+            self.next_expiry_ms = at_ms
 
     def _insert(
         self,
@@ -618,6 +647,12 @@ class Store:
         if not self.has_due(now_ms):
             return []
         with self._translating():
+            over = self._conn.execute(
+                f"UPDATE inbox SET state = {INBOX_DEAD}, due_ms = NULL, reason = 'expired' WHERE due_ms <= ?"
+                " AND row IN (SELECT row FROM lifetime WHERE expires_ms <= ?)",
+                (now_ms, now_ms),
+            )
+            self.backlog -= over.rowcount
             rows = self._conn.execute(
                 "SELECT row, peer, meta, body, lane, digest, msg_id FROM inbox WHERE due_ms <= ?"
                 " ORDER BY row LIMIT ?",
@@ -685,8 +720,9 @@ class Store:
                 "SELECT j.row, i.peer, i.meta, i.body, i.lane, i.digest, i.msg_id, j.attempts"
                 " FROM job j LEFT JOIN inbox i ON i.row = j.row"
                 f" WHERE j.consumer = ? AND j.due_ms <= ? AND i.state IS NOT {INBOX_QUARANTINED}"
+                " AND NOT EXISTS (SELECT 1 FROM lifetime WHERE lifetime.row = j.row AND expires_ms <= ?)"
                 " ORDER BY j.row LIMIT ?",
-                (consumer, now_ms, limit + len(leave_out) + len(self._bad_inbox)),
+                (consumer, now_ms, now_ms, limit + len(leave_out) + len(self._bad_inbox)),
             ).fetchall()
         found: list[tuple[Envelope, int]] = []
         for row in rows:
@@ -739,10 +775,13 @@ class Store:
         number, self._next_message = self._next_message, self._next_message + 1
         self._new_messages.append((number, raw_id, meta, message.body, digest, len(recipients)))
         expires_ms = now_ms + (ttl_ms or self._limits.ttl_ms_default)
+        self._expect_expiry(expires_ms)
         queued: list[tuple[str, int]] = []
         for peer in recipients:
             row, self._next_outbox = self._next_outbox, self._next_outbox + 1
-            self._new_outbox.append((row, self._peer_id(peer), raw_id, number, size, now_ms, expires_ms))
+            self._new_outbox.append(
+                (row, self._peer_id(peer), raw_id, number, size, now_ms, expires_ms, ttl_ms is not None)
+            )
             queued.append((peer, row))
         return queued
 
@@ -808,11 +847,18 @@ class Store:
             )
 
     def mark_dead(self, peer: str, message_id: str, reason: str, now_ms: int) -> bool:
+        return self._end(peer, message_id, DEAD, reason, now_ms)
+
+    def mark_expired(self, peer: str, message_id: str, now_ms: int) -> bool:
+        return self._end(peer, message_id, EXPIRED, None, now_ms)
+
+    def _end(self, peer: str, message_id: str, state: int, reason: str | None, now_ms: int) -> bool:
+        """End a message that is still queued."""
         with self._translating():
             cursor = self._conn.execute(
-                f"UPDATE outbox SET state = {DEAD}, settled_ms = ?, reason = ?"
+                "UPDATE outbox SET state = ?, settled_ms = ?, reason = ?"
                 f" WHERE peer = ? AND msg_id = ? AND state = {QUEUED}",
-                (now_ms, reason, self._peer_id(peer), id_to_bytes(message_id)),
+                (state, now_ms, reason, self._peer_id(peer), id_to_bytes(message_id)),
             )
         return cursor.rowcount == 1
 
@@ -857,20 +903,29 @@ class Store:
         while not queued:  # damaged ones are passed over, and there may be sound ones behind them
             with self._translating():
                 cursor = self._conn.execute(
-                    "SELECT o.row, o.msg_id, m.meta, m.body, m.digest FROM outbox o"
-                    " LEFT JOIN message m ON m.id = o.message"
+                    "SELECT o.row, o.msg_id, m.meta, m.body, m.digest, o.expires_ms, o.is_timed"
+                    " FROM outbox o LEFT JOIN message m ON m.id = o.message"
                     f" WHERE o.peer = ? AND o.state = {QUEUED} AND o.row > ? ORDER BY o.row LIMIT ?",
                     (self._peer_id(peer), row, messages),
                 )
                 read = 0
-                for number, raw_id, meta, body, digest in cursor:
+                for number, raw_id, meta, body, digest, expires_ms, is_timed in cursor:
                     read, row = read + 1, number
                     if number in self._bad_outbox:
                         continue
                     if not _is_sound(digest, sender=self._me, lane=0, meta=meta, body=body):
                         self._quarantine("outbox", number, _shown_id(raw_id), peer)
                         continue
-                    queued.append(Queued(row=number, id=id_from_bytes(raw_id), meta=meta, body=body))
+                    queued.append(
+                        Queued(
+                            row=number,
+                            id=id_from_bytes(raw_id),
+                            meta=meta,
+                            body=body,
+                            expires_ms=expires_ms,
+                            is_timed=bool(is_timed),
+                        )
+                    )
                     size -= len(meta) + len(body)
                     if size <= 0:
                         break
@@ -919,12 +974,6 @@ class Store:
 
     # -- house-keeping --------------------------------------------------------------------------------------
 
-    def has_expired(self, now_ms: int) -> bool:
-        """Say whether `expire` may have something to do."""
-        sql = f"SELECT EXISTS (SELECT 1 FROM outbox WHERE state = {QUEUED} AND expires_ms <= ?)"
-        with self._translating():
-            return bool(self._conn.execute(sql, (now_ms,)).fetchone()[0])
-
     def expire(self, peer: str, *, beyond_row: int, now_ms: int) -> list[str]:
         """Expire queued rows past their time that are not on the wire (their row is beyond `beyond_row`)."""
         with self._translating():
@@ -935,6 +984,51 @@ class Store:
                 (now_ms, self._peer_id(peer), beyond_row, now_ms),
             ).fetchall()
         return [id_from_bytes(raw_id) for (raw_id,) in rows]
+
+    def expire_inbox(self, now_ms: int, *, leave_out: Set[int] = frozenset()) -> int:
+        """End what nobody began to work on in its lifetime; return how many. `leave_out`: rows that are leased."""
+        with self._translating():
+            found = self._conn.execute("SELECT row FROM lifetime WHERE expires_ms <= ?", (now_ms,)).fetchall()
+            over = [(row,) for (row,) in found if row not in leave_out][:_PRUNE_SLICE]
+            ended = 0
+            if over:
+                self._conn.executemany("DELETE FROM lifetime WHERE row = ?", over)
+                self._conn.executemany("DELETE FROM job WHERE row = ?", over)
+                ended = self._conn.executemany(
+                    f"UPDATE inbox SET state = {INBOX_DEAD}, due_ms = NULL, reason = 'expired'"
+                    f" WHERE row = ? AND state IN ({NEW}, {CLAIMED})",
+                    over,
+                ).rowcount
+                self._recount_waiting()
+            self._find_next_expiry()
+        if self.next_expiry_ms is not None and self.next_expiry_ms <= now_ms:
+            self.next_expiry_ms = (
+                now_ms + _LOOK_AGAIN_MS
+            )  # on the wire, or leased: what becomes of it is not known
+        return ended
+
+    def _recount_waiting(self) -> None:
+        self.backlog, self._next_due_ms = self._conn.execute(
+            "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM inbox WHERE due_ms IS NOT NULL),"
+            " (SELECT min(due_ms) FROM inbox WHERE due_ms IS NOT NULL)"
+        ).fetchone()
+
+    def anchor(self) -> Anchor | None:
+        with self._translating():
+            found = self._conn.execute(
+                "SELECT machine_boot, offset_ms, ahead_ms, at_ms FROM clock"
+            ).fetchone()
+        if found is None:
+            return None
+        return Anchor(machine_boot=found[0], offset_ms=found[1], ahead_ms=found[2], at_ms=found[3])
+
+    def save_anchor(self, anchor: Anchor) -> None:
+        """Write the steady clock's anchor down, in the caller's transaction or in one of its own."""
+        with self._translating(), self._db.atomic():
+            self._conn.execute(
+                "INSERT OR REPLACE INTO clock (id, machine_boot, offset_ms, ahead_ms, at_ms) VALUES (1,?,?,?,?)",
+                (anchor.machine_boot, anchor.offset_ms, anchor.ahead_ms, anchor.at_ms),
+            )
 
     def prune(self, now_ms: int) -> bool:
         """Drop one slice of what nobody needs any more. Returns whether there may be more.
@@ -952,7 +1046,8 @@ class Store:
             self._conn.executemany("UPDATE message SET refs = refs - 1 WHERE id = ?", gone)
             self._conn.executemany("DELETE FROM message WHERE id = ? AND refs <= 0", gone)
             old = self._conn.execute(
-                f"DELETE FROM inbox WHERE row IN (SELECT row FROM inbox WHERE state = {DONE} AND arrived_ms < ?"
+                "DELETE FROM inbox WHERE row IN (SELECT row FROM inbox WHERE"
+                f" (state = {DONE} OR state = {INBOX_DEAD} AND reason = 'expired') AND arrived_ms < ?"
                 f" AND row < (SELECT max(row) FROM inbox) ORDER BY row LIMIT {_PRUNE_SLICE})"
                 " RETURNING peer, msg_id, row, digest",
                 (now_ms - limits.ttl_ms_max,),

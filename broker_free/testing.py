@@ -126,6 +126,7 @@ class Image(NamedTuple):
     inbox: dict[int, InboxRow]
     known: dict[tuple[str, str], int]
     due: dict[int, int]
+    lifetimes: dict[int, int]
     outbox: dict[int, OutboxRow]
     rows_of: dict[tuple[str, str], int]
     queued: dict[str, dict[int, Queued]]
@@ -161,6 +162,7 @@ class SimJournal:
         self.inbox = image.inbox
         self.known = image.known
         self._due = image.due
+        self.lifetimes = image.lifetimes
         self.outbox = image.outbox
         self._rows_of = image.rows_of
         self.queued = image.queued
@@ -229,6 +231,7 @@ class SimJournal:
             inbox=dict(self.inbox),
             known=dict(self.known),
             due=dict(self._due),
+            lifetimes=dict(self.lifetimes),
             outbox=dict(self.outbox),
             rows_of=dict(self._rows_of),
             queued=queued,
@@ -293,10 +296,20 @@ class SimJournal:
     # -- the inbox ------------------------------------------------------------------------------------------
 
     def accept(
-        self, sender: str, lane: int, records: Sequence[tuple[bytes, bytes]], now_ms: int
+        self,
+        sender: str,
+        lane: int,
+        records: Sequence[tuple[bytes, bytes]],
+        now_ms: int,
+        ttls: Sequence[int] = (),
     ) -> list[Accepted]:
         self._fail_at("write")
-        return [self._accept(sender, lane, meta, body) for meta, body in records]
+        accepted = [self._accept(sender, lane, meta, body) for meta, body in records]
+        for one, ttl_ms in zip(accepted, ttls, strict=bool(ttls)):
+            if ttl_ms and one.envelope is not None:
+                one.envelope = replace(one.envelope, ttl_ms=ttl_ms)
+                self._set(self.lifetimes, one.row, now_ms + ttl_ms)
+        return accepted
 
     def _accept(self, sender: str, lane: int, meta: bytes, body: bytes) -> Accepted:
         try:
@@ -333,6 +346,10 @@ class SimJournal:
     def due(self, now_ms: int, limit: int) -> list[Envelope]:
         if not self.has_due(now_ms):
             return []
+        for row in [row for row, due_ms in self._due.items() if due_ms <= now_ms]:
+            if self.lifetimes.get(row, now_ms + 1) <= now_ms:
+                self._delete(self._due, row)
+                self._set(self.inbox, row, self.inbox[row]._replace(state="dead"))
         rows = sorted(row for row, due_ms in self._due.items() if due_ms <= now_ms)[:limit]
         envelopes = []
         for row in rows:
@@ -373,7 +390,14 @@ class SimJournal:
                 assert may_repeat, "an id that was just made is not new"
                 continue
             row = self._number("outbox")
-            queued = Queued(row=row, id=message.id, meta=meta, body=message.body)
+            queued = Queued(
+                row=row,
+                id=message.id,
+                meta=meta,
+                body=message.body,
+                expires_ms=expires_ms,
+                is_timed=ttl_ms is not None,
+            )
             self._set(self.outbox, row, OutboxRow(peer, queued, expires_ms))
             self._set(self._rows_of, (peer, message.id), row)
             self._set(self._queued_for(peer), row, queued)
@@ -418,6 +442,12 @@ class SimJournal:
         row = self._rows_of.get((peer, message_id), 0)
         is_queued = row in self._queued_for(peer)
         self._settle_out(row, "dead", now_ms)
+        return is_queued
+
+    def mark_expired(self, peer: str, message_id: str, now_ms: int) -> bool:
+        row = self._rows_of.get((peer, message_id), 0)
+        is_queued = row in self._queued_for(peer)
+        self._settle_out(row, "expired", now_ms)
         return is_queued
 
     def note_acked(self, peer: str, message_id: str, row: int) -> None:
@@ -509,7 +539,7 @@ class SimJournal:
 
 
 def _empty() -> Image:
-    return Image({}, {}, {}, {}, {}, {}, {}, {}, {})
+    return Image({}, {}, {}, {}, {}, {}, {}, {}, {}, {})
 
 
 def _nothing() -> None:
@@ -906,7 +936,7 @@ class SimNode:
         if self.tick is None:
             return
         try:
-            self.tick.start(now_ms=self._timeline.clock.now_ms, utc_ms=self.utc_ms)
+            self.tick.start(now_ms=self._timeline.clock.now_ms, utc_ms=self.utc_ms, steady_ms=self.steady_ms)
             self.tick.close()
         except Crashed:
             pass
@@ -927,6 +957,11 @@ class SimNode:
     @property
     def utc_ms(self) -> int:
         return self._timeline.clock.utc_ms() + self.utc_skew_ms
+
+    @property
+    def steady_ms(self) -> int:
+        """What no jump of UTC moves."""
+        return self._timeline.clock.now_ms + EPOCH_MS
 
     def submit(self, work: Work) -> None:
         assert self.tick is not None, f"{self.name} is down"
@@ -963,7 +998,7 @@ class SimNode:
         most = self.limits.tick_operations_max
         work, self._work = self._work[:most], self._work[most:]
         try:
-            tick.start(now_ms=due_ms, utc_ms=self.utc_ms)
+            tick.start(now_ms=due_ms, utc_ms=self.utc_ms, steady_ms=self.steady_ms)
             for event in events:
                 if event[0] == _FRAME:
                     tick.frame(event[1], event[2], event[3])
@@ -1348,8 +1383,7 @@ class Cluster:
             journal = node.journal
             if any(journal.queued.values()) or not node.is_up or not node.is_idle:
                 return False
-            # After a jump of the clock a retry may be hours away; it is not waited for.
-            if journal.has_due(node.utc_ms + DRAIN_MS_MAX):
+            if journal.has_due(node.steady_ms + DRAIN_MS_MAX):
                 return False
         return not self._links_not_settled() and self._are_alike()
 
@@ -1444,7 +1478,7 @@ class Cluster:
                     node.ping(peer)
             if node.is_up and self.random.random() < 0.3:
                 node.submit(Transact(self._expire, (node,)))  # house-keeping
-            if node.journal.has_due(node.utc_ms):
+            if node.journal.has_due(node.steady_ms):
                 node.wake(0)
 
     # -- chaos ------------------------------------------------------------------------------------------------
@@ -1566,7 +1600,7 @@ class Cluster:
     def _expire(self, tx: Tx, node: SimNode) -> None:
         assert node.tick is not None
         for peer, link in node.tick.links.items():
-            node.journal.expire(peer, beyond_row=link.cursor, now_ms=tx.now_ms)
+            node.journal.expire(peer, beyond_row=link.cursor, now_ms=tx.steady_ms)
 
     def _relay_at(self, node: SimNode) -> Effect:
         def relay(tx: Tx, envelope: Envelope) -> None:

@@ -57,6 +57,7 @@ T = TypeVar("T")
 _SUBJECTS_REMEMBERED = 10_000
 _WAKE_MS_MAX = 60_000
 _ALARMS_REMEMBERED = 10_000
+EXPIRED = "expired"  # the reason of a message whose lifetime ran out while it waited
 _LAGGING = "consumers lag behind"
 
 
@@ -81,7 +82,10 @@ class Alarm:
 
 
 class Journal(Ledger, Protocol):
-    """The store as a tick needs it. Every method but begin, commit and rollback runs inside a transaction."""
+    """The store as a tick needs it. Every method but begin, commit and rollback runs inside a transaction.
+
+    Every `now_ms` is steady time (`clock.py`): what is on disk must not age by an hour because UTC was set.
+    """
 
     def begin(self) -> None: ...
     def commit(self) -> None: ...
@@ -89,9 +93,17 @@ class Journal(Ledger, Protocol):
     def savepoint(self) -> AbstractContextManager[None]: ...
 
     def accept(
-        self, sender: str, lane: int, records: Sequence[tuple[bytes, bytes]], now_ms: int
+        self,
+        sender: str,
+        lane: int,
+        records: Sequence[tuple[bytes, bytes]],
+        now_ms: int,
+        ttls: Sequence[int] = (),
     ) -> list[Accepted]:
-        """Insert what is new, recognise what is not, refuse what never can be."""
+        """Insert what is new, recognise what is not, refuse what never can be.
+
+        `ttls` holds what remains of each one's lifetime, 0 for none. After it the message is not handed out any more.
+        """
         ...
 
     def settle(self, row: int) -> None:
@@ -141,6 +153,10 @@ class Journal(Ledger, Protocol):
         """Give a queued message up; False when it is not queued any more."""
         ...
 
+    def mark_expired(self, peer: str, message_id: str, now_ms: int) -> bool:
+        """The lifetime of a queued message is over; False when it is not queued any more."""
+        ...
+
     def note_acked(self, peer: str, message_id: str, row: int) -> None:
         """Remember what `peer` acked under its highest row so far; a lower row changes nothing."""
         ...
@@ -171,6 +187,7 @@ class Tx:
 
     def __init__(self, tick: Tick, now_ms: int) -> None:
         self.now_ms = now_ms  # UTC
+        self.steady_ms = tick.steady_ms  # what lifetimes and retries count in: see `clock.py`
         self.node_id = tick.me
         self._of: Tick | None = tick
         self.held_back: list[str] = []  # peers with rows that leave after the commit
@@ -285,6 +302,7 @@ class _Inputs:
     arrivals: list[_Arrival] = field(default_factory=list)
     resynced: list[tuple[str, links.AckedIds]] = field(default_factory=list)
     rejected: list[tuple[str, links.Rejected]] = field(default_factory=list)
+    expired: list[tuple[str, links.Expired]] = field(default_factory=list)
     regressed: list[str] = field(default_factory=list)
     entries: dict[Key, Entry] = field(default_factory=dict)
     interests: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -295,6 +313,7 @@ class _Inputs:
             self.arrivals
             or self.resynced
             or self.rejected
+            or self.expired
             or self.regressed
             or self.entries
             or self.interests
@@ -364,6 +383,7 @@ class Tick:
         self._outcome = Outcome()
         self._now_ms = 0  # monotonic
         self._utc_ms = 0
+        self._steady_ms = 0
 
     # -- set-up ---------------------------------------------------------------------------------------------
 
@@ -391,6 +411,7 @@ class Tick:
             ledger=self._journal,
             limits=self._limits,
             random=self._random,
+            steady=lambda: self._steady_ms,
         )
         if self._holds:
             self._do(peer, self.links[peer].grant(0, 0))
@@ -462,6 +483,10 @@ class Tick:
             self._grant_all()
 
     @property
+    def steady_ms(self) -> int:
+        return self._steady_ms
+
+    @property
     def holds(self) -> tuple[str, ...]:
         """Why this node takes no messages now; empty when it does."""
         return tuple(self._holds)
@@ -489,9 +514,13 @@ class Tick:
 
     # -- what has arrived -----------------------------------------------------------------------------------
 
-    def start(self, *, now_ms: int, utc_ms: int) -> None:
-        """Begin a tick. `now_ms` is monotonic and rules time-outs; `utc_ms` is what tables record."""
+    def start(self, *, now_ms: int, utc_ms: int, steady_ms: int | None = None) -> None:
+        """Begin a tick. `now_ms` is monotonic and rules time-outs, `utc_ms` is for people and for stamps.
+
+        `steady_ms` (`clock.py`) is what lifetimes and retries count in; without it, UTC.
+        """
         self._now_ms, self._utc_ms = now_ms, utc_ms
+        self._steady_ms = utc_ms if steady_ms is None else steady_ms
 
     def connected(self, conn: int) -> None:
         peer = self._dialled.get(conn)
@@ -519,7 +548,7 @@ class Tick:
             self._release_due()
         for peer in self._to_visit():
             self._do(peer, self.links[peer].on_tick(self._now_ms))
-        if work or self._inputs or self._marks_are_due() or self._journal.has_due(self._utc_ms):
+        if work or self._inputs or self._marks_are_due() or self._journal.has_due(self._steady_ms):
             self._transaction(work)
         self._weigh_backlog()
         if self._stirred:
@@ -643,23 +672,26 @@ class Tick:
         return None
 
     def _write_inputs(self, inputs: _Inputs, outcome: Outcome) -> None:
-        journal, utc_ms = self._journal, self._utc_ms
+        journal, steady_ms = self._journal, self._steady_ms
         for arrival in inputs.arrivals:
             arrival.accepted = journal.accept(
-                arrival.peer, arrival.arrived.lane, arrival.arrived.records, utc_ms
+                arrival.peer, arrival.arrived.lane, arrival.arrived.records, steady_ms, arrival.arrived.ttls
             )
             self._apply_effects([one.envelope for one in arrival.accepted if one.envelope], outcome)
         for peer, resync in inputs.resynced:
-            journal.mark_delivered_ids(peer, resync.ids, utc_ms)
+            journal.mark_delivered_ids(peer, resync.ids, steady_ms)
             journal.note_acked(peer, *resync.last)
             faults.reach("in-resync")
         for peer, rejected in inputs.rejected:
-            if journal.mark_dead(peer, rejected.id, rejected.reason, utc_ms):
+            if journal.mark_dead(peer, rejected.id, rejected.reason, steady_ms):
                 outcome.dead.append((rejected.id, peer, rejected.reason))
                 if rejected.reason.startswith("conflict"):
                     self.raise_alarm("conflict", peer, f"{rejected.id}: {rejected.reason}")
+        for peer, expired in inputs.expired:
+            if journal.mark_expired(peer, expired.id, steady_ms):
+                outcome.dead.append((expired.id, peer, EXPIRED))
         for peer in inputs.regressed:
-            count = journal.requeue(peer, utc_ms)
+            count = journal.requeue(peer, steady_ms)
             faults.reach("in-requeue")
             detail = f"its store went back in time; {count} delivered messages are queued again"
             self.raise_alarm("regression", peer, detail)
@@ -667,11 +699,11 @@ class Tick:
             journal.registry_save(list(inputs.entries.values()))
         for peer, patterns in inputs.interests.items():
             journal.save_interest(peer, patterns)
-        self._apply_effects(journal.due(utc_ms, self._limits.tick_operations_max), outcome)
+        self._apply_effects(journal.due(steady_ms, self._limits.tick_operations_max), outcome)
 
     def _write_marks(self) -> None:
         if self._marks:
-            self._journal.mark_delivered(self._marks, self._utc_ms)
+            self._journal.mark_delivered(self._marks, self._steady_ms)
         for peer, (message_id, row) in self._marks_last.items():
             self._journal.note_acked(peer, message_id, row)
 
@@ -703,7 +735,10 @@ class Tick:
             if link is None:
                 continue
             self._stirred.add(peer)
-            if link.offer(Queued(row=row, id=work.message.id, meta=meta, body=work.message.body)):
+            queued = Queued(row=row, id=work.message.id, meta=meta, body=work.message.body)
+            if work.ttl_ms:
+                queued.expires_ms, queued.is_timed = self._steady_ms + work.ttl_ms, True
+            if link.offer(queued):
                 offered.add(peer)
         self._apply_effects(arrivals, outcome)
         return [peer for peer, _ in rows]
@@ -746,11 +781,13 @@ class Tick:
                 )
         remote = [peer for peer in dict.fromkeys(recipients) if peer != self.me]
         rows = self._journal.enqueue(
-            message, meta, remote, ttl_ms=ttl_ms, now_ms=self._utc_ms, may_repeat=may_repeat
+            message, meta, remote, ttl_ms=ttl_ms, now_ms=self._steady_ms, may_repeat=may_repeat
         )
         arrivals: list[Envelope] = []
         if self.me in recipients:
-            accepted = self._journal.accept(self.me, 0, [(meta, message.body)], self._utc_ms)
+            accepted = self._journal.accept(
+                self.me, 0, [(meta, message.body)], self._steady_ms, (ttl_ms,) if ttl_ms else ()
+            )
             arrivals = [one.envelope for one in accepted if one.envelope]
         return rows, arrivals
 
@@ -798,7 +835,7 @@ class Tick:
             raise
         except Exception as error:
             log.exception("effect failed", extra={"id": envelope.id, "subject": envelope.subject})
-            self._journal.failed(envelope.row, f"{type(error).__name__}: {error}"[:200], self._utc_ms)
+            self._journal.failed(envelope.row, f"{type(error).__name__}: {error}"[:200], self._steady_ms)
             return []
 
     def effects_of(self, subject: str) -> tuple[Effect, ...]:
@@ -903,6 +940,8 @@ class Tick:
                     self._outcome.delivered += [(message_id, peer) for message_id in ids]
                 case links.Rejected():
                     self._inputs.rejected.append((peer, action))
+                case links.Expired():
+                    self._inputs.expired.append((peer, action))
                 case links.Regressed():
                     self._inputs.regressed.append(peer)
                 case links.Opened():

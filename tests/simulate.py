@@ -99,11 +99,16 @@ def quiet() -> Iterator[None]:
 
 class _NoDedup(SimJournal):
     def accept(
-        self, sender: str, lane: int, records: Sequence[tuple[bytes, bytes]], now_ms: int
+        self,
+        sender: str,
+        lane: int,
+        records: Sequence[tuple[bytes, bytes]],
+        now_ms: int,
+        ttls: Sequence[int] = (),
     ) -> list[Accepted]:
         for meta, _ in records:
             self._delete(self.known, (sender, meta[7:43].decode()))
-        return super().accept(sender, lane, records, now_ms)
+        return super().accept(sender, lane, records, now_ms, ttls)
 
 
 class _NoRegressionCheck(SimJournal):

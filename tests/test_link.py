@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 
@@ -29,6 +29,7 @@ def make(
     boot: int = 1,
     limits: Limits = LIMITS,
     seed: int = 1,
+    steady: Callable[[], int] = lambda: 0,
 ) -> Link:
     return Link(
         me=me,
@@ -38,6 +39,7 @@ def make(
         ledger=journal or SimJournal(me),
         limits=limits,
         random=Random(seed),
+        steady=steady,
     )
 
 
@@ -587,3 +589,39 @@ def test_a_frame_of_a_later_version_is_counted_and_changes_nothing() -> None:
     session = one._session.id  # type: ignore[union-attr]  # it is open
     assert one.on_frame(CONN, Frame(kind=99, session=session), 0) == [link.Ignored("frame-type")]
     assert one.is_open
+
+
+# -- lifetimes --------------------------------------------------------------------------------------------------
+
+
+def queue_timed(journal: SimJournal, number: int, ttl_ms: int | None) -> str:
+    message = Message(id=queued(number).id, subject="a.b", body=b"x")
+    journal.begin()
+    journal.enqueue(message, metadata_of(message), [B], ttl_ms=ttl_ms, now_ms=0)
+    journal.commit()
+    return message.id
+
+
+def test_what_remains_of_a_lifetime_travels_and_what_is_over_does_not_leave() -> None:
+    journal = SimJournal(A)
+    over = queue_timed(journal, 1, 1_000)
+    queue_timed(journal, 2, 5_000)
+    queue_timed(journal, 3, None)
+    one, two = make(A, B, journal=journal, steady=lambda: 1_000), make(B, A)
+    reach(one, two, CONN)
+    expired, data = one.pump()
+    assert expired == link.Expired(over)
+    assert isinstance(data, link.Send)
+    (arrived,) = two.on_frame(CONN, data.frame, 0)
+    assert isinstance(arrived, link.Arrived)
+    assert arrived.ttls == (4_000, 0), "a bound of the queue is not a lifetime of the message"
+
+
+def test_a_frame_without_lifetimes_is_laid_out_as_ever() -> None:
+    one, two = make(A, B), make(B, A)
+    opened(one, two)
+    (data,) = put(one, 1, 2)
+    assert data.flags == frames.FLAG_PACK
+    (arrived,) = two.on_frame(CONN, data, 0)
+    assert isinstance(arrived, link.Arrived)
+    assert arrived.ttls == ()

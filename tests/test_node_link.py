@@ -226,3 +226,78 @@ def test_a_node_of_a_strange_version_is_an_alarm_and_no_endless_dialling(
                 assert (await a.refused())["frame-version"] <= 3
 
     run(main())
+
+
+def pass_time(node: Node, ms: int) -> None:
+    """Let so much time go by for a node's lifetimes, at once."""
+    owner = node._owner
+    assert owner is not None
+    owner._steady.offset_ms += ms
+    owner._transport.wake()
+
+
+def test_a_lifetime_counts_down_in_the_outbox_and_goes_on_in_the_inbox(tmp_path: Path) -> None:
+    async def main() -> None:
+        a = Node("a", home=tmp_path / "a")
+        dead: list[tuple[str, str, str]] = []
+        a.on_dead(dead.extend)
+        async with a:
+            async with Node("b", home=tmp_path / "b") as b:
+                await pair(a, b)
+                peer, listen = b.node_id, b.endpoints[0]
+            short = await a.publish("work.do", b"short", to=[peer], ttl_ms=60_000)
+            await a.publish("work.do", b"long", to=[peer], ttl_ms=600_000)
+            await a.publish("work.do", b"for ever", to=[peer])
+            pass_time(a, 60_000)
+            await until(lambda: dead)
+            assert dead == [(short.id, peer, "expired")]
+            async with (
+                Node("b", home=tmp_path / "b", listen=listen) as b,
+                b.subscribe("work.*", durable="w") as jobs,
+            ):
+                job = await anext(jobs)
+                assert job.body == b"long"
+                left = await b.read(
+                    lambda db: db.execute_sql(
+                        "SELECT l.expires_ms - i.arrived_ms FROM lifetime l JOIN inbox i USING (row)"
+                    ).fetchall()
+                )
+                assert 400_000 < left[0][0] <= 540_000, "what remained when it left, not what it began with"
+                await job.nak()
+                pass_time(b, 540_000)
+                job = await anext(jobs)
+                assert job.body == b"for ever", "the other one is not handed out any more"
+                await job.ack()
+                await until(lambda: b._owner._store.backlog == 0)  # type: ignore[union-attr]  # it runs
+
+    run(main())
+
+
+def test_a_jump_of_utc_changes_no_lifetime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        real = owners.utc_ms
+        month_ms = 30 * 86_400_000
+        async with Node("a", home=tmp_path / "a") as a:
+            async with Node("b", home=tmp_path / "b") as b:
+                await pair(a, b)
+                peer, listen = b.node_id, b.endpoints[0]
+            await a.publish("t.x", b"", to=[peer], ttl_ms=60_000)
+            owner = a._owner
+            assert owner is not None
+            for jump_ms in (month_ms, -month_ms):
+                monkeypatch.setattr(owners, "utc_ms", lambda jump_ms=jump_ms: real() + jump_ms)
+                anchor = None
+                while anchor is None or abs(anchor.ahead_ms - jump_ms) > 60_000:  # written by house-keeping
+                    owner._housekeeping_due_ms = 0
+                    await a.transact(lambda tx: None)
+                    anchor = await owner.ask(owner._store.anchor)
+        monkeypatch.setattr(owners, "utc_ms", lambda: real() + month_ms)
+        a, b = Node("a", home=tmp_path / "a"), Node("b", home=tmp_path / "b", listen=listen)
+        arrived = collecting(b)
+        async with a, b:
+            await until(lambda: arrived, 20)
+            (envelope,) = arrived
+            assert envelope.ttl_ms is not None
+            assert 0 < envelope.ttl_ms <= 60_000
+
+    run(main())

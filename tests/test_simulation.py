@@ -214,3 +214,32 @@ def test_a_system_of_ones_own_runs_on_a_cluster() -> None:
             assert sorted(confirmed) == [
                 (peer, b"%d" % number) for peer in ("n1", "n2") for number in range(3)
             ]
+
+
+@pytest.mark.parametrize("jump_ms", [-6 * 3_600_000, 6 * 3_600_000])
+def test_a_lifetime_is_exact_within_a_second_over_jumps_of_either_clock(jump_ms: int) -> None:
+    remaining: list[int | None] = []
+
+    def note(tx: Tx, envelope: Envelope) -> None:
+        remaining.append(envelope.ttl_ms)
+
+    with quiet():
+        for seed in range(10):
+            cluster = Cluster(seed, nodes=2)
+            cluster.effect("mail.x", note)
+            assert until(cluster, lambda cluster=cluster: cluster.is_settled)
+            cluster.part("n0", "n1", for_ms=60_000)
+            in_time = cluster.publish("n0", "mail.x", b"", to=["n1"], ttl_ms=70_000)
+            too_late = cluster.publish("n0", "mail.x", b"", to=["n1"], ttl_ms=59_000)
+            cluster.run(100)
+            for node in cluster.nodes.values():
+                node.utc_skew_ms = jump_ms
+            cluster.crash("n0", restart_ms=1_000)  # what was under way is lost: both are sent again
+            cluster.run(80_000)
+            states = {row.queued.id: row.state for row in cluster.nodes["n0"].journal.outbox.values()}
+            assert states == {in_time: "delivered", too_late: "expired"}
+            (left,) = remaining
+            assert left is not None
+            deadline_ms = cluster.nodes["n1"].journal.lifetimes[1]
+            assert abs(deadline_ms - cluster.nodes["n0"].journal.outbox[1].expires_ms) <= 1_000
+            remaining.clear()

@@ -121,10 +121,16 @@ class TwinJournal(SimJournal):
     # -- what is written ------------------------------------------------------------------------------------
 
     def accept(
-        self, sender: str, lane: int, records: Sequence[tuple[bytes, bytes]], now_ms: int
+        self,
+        sender: str,
+        lane: int,
+        records: Sequence[tuple[bytes, bytes]],
+        now_ms: int,
+        ttls: Sequence[int] = (),
     ) -> list[Accepted]:
         return the_same(  # type: ignore[no-any-return]  # what goes in comes out
-            super().accept(sender, lane, records, now_ms), self.real.accept(sender, lane, records, now_ms)
+            super().accept(sender, lane, records, now_ms, ttls),
+            self.real.accept(sender, lane, records, now_ms, ttls),
         )
 
     def settle(self, row: int) -> None:
@@ -172,6 +178,10 @@ class TwinJournal(SimJournal):
     def mark_dead(self, peer: str, message_id: str, reason: str, now_ms: int) -> bool:
         is_dead = super().mark_dead(peer, message_id, reason, now_ms)
         return bool(the_same(is_dead, self.real.mark_dead(peer, message_id, reason, now_ms)))
+
+    def mark_expired(self, peer: str, message_id: str, now_ms: int) -> bool:
+        is_over = super().mark_expired(peer, message_id, now_ms)
+        return bool(the_same(is_over, self.real.mark_expired(peer, message_id, now_ms)))
 
     def note_acked(self, peer: str, message_id: str, row: int) -> None:
         super().note_acked(peer, message_id, row)

@@ -83,8 +83,8 @@ class Node:
         stamped = replace(frame, session=self.session)
         self.tick.frame(PEER, CONN, stamped)
 
-    def run(self, *work: Publish | Transact, now_ms: int = NOW) -> Outcome:
-        self.tick.start(now_ms=now_ms, utc_ms=UTC)
+    def run(self, *work: Publish | Transact, now_ms: int = NOW, steady_ms: int | None = None) -> Outcome:
+        self.tick.start(now_ms=now_ms, utc_ms=UTC, steady_ms=steady_ms)
         return self.tick.run(work)
 
     def deliver(self, seq: int, subject: str, body: bytes = b"") -> str:
@@ -434,3 +434,45 @@ def test_frames_that_mean_nothing_are_counted_by_reason() -> None:
     one.receive(Frame(kind=frames.DATA, seq=1, flags=frames.FLAG_PACK, body=b"xx"))
     one.run()
     assert one.tick.refused == {"frame-type": 1, "frame-pack": 1}
+
+
+# -- lifetimes --------------------------------------------------------------------------------------------------
+
+
+def test_a_lifetime_starts_whole_and_is_over_by_the_steady_clock_alone() -> None:
+    one = node()
+    work = plain(PEER)
+    work.ttl_ms = 1_000
+    one.run(work)
+    assert frames.ttls_of(one.wire.frames[-1]) == (1_000,)
+    held = plain(PEER)
+    held.ttl_ms = 1_000
+    one.receive(Frame(kind=frames.CREDIT))
+    one.run(held)
+    one.receive(Frame(kind=frames.CREDIT, credit_messages=9, credit_kib=9))
+    outcomes = [one.run(steady_ms=UTC + 1_000), one.run(steady_ms=UTC + 1_000)]
+    assert [dead for outcome in outcomes for dead in outcome.dead] == [(held.message.id, PEER, "expired")]
+    assert one.wire.log.count("DATA") == 1
+
+
+def test_an_effect_that_failed_is_not_tried_again_after_the_lifetime_of_its_message() -> None:
+    one = node()
+    seen: list[int | None] = []
+
+    def not_now(tx: Tx, envelope: Envelope) -> None:
+        seen.append(envelope.ttl_ms)
+        raise ValueError("not now")
+
+    one.tick.add_effect("a.*", not_now)
+    meta = f'{{"id":"{new_id(UTC)}","subject":"a.b"}}'.encode()
+    one.receive(
+        Frame(kind=frames.DATA, seq=1, version=2, flags=frames.FLAG_TTL, credit_kib=3_000, raw_meta=meta)
+    )
+    one.run()
+    assert seen[0] == 3_000
+    tries = len(seen)
+    one.run(steady_ms=UTC + 2_999)
+    assert len(seen) == tries + 2, "once with its batch, once alone"
+    one.run(steady_ms=UTC + 1_000_000)
+    assert len(seen) == tries + 2
+    assert [row.state for row in one.journal.inbox.values()] == ["dead"]

@@ -47,6 +47,7 @@ class Link1:
     """`broker_free.link.Link` to look at, version 1 inside."""
 
     is_blocked = False
+    is_eager = True  # it always was
     version = 1
 
     def __init__(
@@ -81,6 +82,12 @@ class Link1:
 
     def may_have_left(self, row: int) -> bool:
         return True
+
+    def want(self) -> None:
+        """It dials anyway."""
+
+    def idle_ms(self, now_ms: int) -> int:
+        return 0
 
     def grant(self, messages: int, kib: int) -> list[Action]:
         return []
