@@ -32,6 +32,7 @@ class Limits:
     registry_name_chars_max: int = 255  # as a subject: a node id, a dot, and room for a name
     registry_frame_bytes_max: int = 64 * KIB  # mail waits behind one such frame at most
     registry_frame_entries_max: int = 1_000
+    registry_sync_ms: int = 30_000  # compare with one peer so often: what no session's opening has shown
     registry_ahead_ms_max: int = DAY_MS  # a stamp further in the future is a broken clock, not a newer value
     tombstone_ms: int = 30 * DAY_MS  # a node that was away for longer takes over what the others have
     json_depth_max: int = 32  # of what peers send: deeper nesting serves nobody but an attacker

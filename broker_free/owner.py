@@ -304,7 +304,7 @@ class Owner:
         endpoint, mesh.beat_endpoint = self._transport.bind(listen)
         mesh.endpoints = node.endpoints = [endpoint]
         mesh.advertise = node.advertise
-        entries = self._store.registry_load()
+        entries, notes = self._store.registry_load(), self._store.registry_notes()
         mesh.tick = self._tick = Tick(
             me=node.node_id,
             boot=node.boot,
@@ -313,7 +313,8 @@ class Owner:
             wire=self,
             limits=self._limits,
             random=random.Random(secrets.randbits(64)),
-            registry=Registry(node.node_id, entries, limits=self._limits),
+            registry=Registry(node.node_id, entries, clock=notes.get("clock", 0), limits=self._limits),
+            synced_ms=notes.get("synced_ms", 0),
         )
         for pattern, fn in effects:
             self._tick.add_effect(pattern, fn)

@@ -20,20 +20,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+import struct
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Final
 
 from broker_free.errors import InvalidInput, NotOwner, RegistryFull, TooLarge
 from broker_free.limits import Limits
+from broker_free.outside import load_json
 
 OWNED: Final = "own."  # what the name of an owned bucket begins with
 LEAVES: Final = 256  # of the tree by which two nodes find out where they differ
 
 _COUNTER_BITS: Final = 16
 _STAMP_END: Final = 1 << 63  # SQLite's integers
+_SUMS: Final = struct.Struct(f">{LEAVES}Q")
 _NAME = re.compile(r"[^\s*>\x00-\x1f\x7f]+")
 _REASSERT_MS: Final = 10_000  # two live copies of one node must not answer each other without end
 
@@ -56,7 +59,11 @@ class Entry:
     @property
     def written_ms(self) -> int:
         """UTC, by the writer's clock."""
-        return self.stamp >> _COUNTER_BITS
+        return written_ms_of(self.stamp)
+
+    @property
+    def owner(self) -> str | None:
+        return owner_of(self.bucket, self.key)
 
     def text(self) -> str:
         """The one form in which an entry travels and is compared."""
@@ -64,6 +71,10 @@ class Entry:
         return json.dumps(
             [self.bucket, self.key, value, self.stamp, self.origin], separators=(",", ":"), sort_keys=True
         )
+
+
+def written_ms_of(stamp: int) -> int:
+    return stamp >> _COUNTER_BITS
 
 
 def owner_of(bucket: str, key: str) -> str | None:
@@ -86,10 +97,13 @@ class HybridClock:
 
 
 @dataclass(slots=True)
-class _Held:
+class Held:
+    """An entry with its place in the tree."""
+
     entry: Entry
     digest: int
     hash: int  # of bucket and key: its leaf is the lowest byte
+    counts: bool = True  # in the sum of its leaf; a tombstone whose time is over does not
 
 
 class Registry:
@@ -103,9 +117,11 @@ class Registry:
         self.clock = HybridClock(clock)
         self._me = me
         self._limits = limits or Limits()
-        self._held: dict[Key, _Held] = {}
-        self._leaves: list[dict[Key, _Held]] = [{} for _ in range(LEAVES)]
-        self._sums = [0] * LEAVES
+        self._held: dict[Key, Held] = {}
+        self._leaves: defaultdict[int, dict[Key, Held]] = defaultdict(dict)
+        self.sums = [0] * LEAVES  # of each leaf: all its digests, XOR
+        self._root = ""
+        self._tombstones: set[Key] = set()
         self._sizes: Counter[str] = Counter()  # keys of each bucket, tombstones included
         self._written: set[Key] = set()  # by this node since its start
         self._reassert_after_ms: dict[Key, int] = {}
@@ -166,7 +182,10 @@ class Registry:
                 f"a registry value of {len(text)} bytes; the limit is {self._limits.registry_value_bytes_max}",
                 hint="send large content as a message and register its id",
             )
-        back: Mapping[str, Any] = json.loads(text)
+        try:
+            back: Mapping[str, Any] = _loaded(text.encode(), self._limits, depth=0)
+        except InvalidInput as error:
+            raise InvalidInput(f"a registry value that other nodes would not read: {error.message}") from None
         return back
 
     def _no_room(self, bucket: str, key: str, pending: int) -> str:
@@ -185,20 +204,23 @@ class Registry:
     # -- merging --------------------------------------------------------------------------------------------
 
     def judge(
-        self, entries: Iterable[Entry], *, now_ms: int, into: dict[Key, Entry], is_stale: bool = False
-    ) -> None:
+        self, entries: Iterable[Entry], *, now_ms: int, into: dict[Key, Entry], stale: str | None = None
+    ) -> list[Entry]:
         """Put `into` what is to be stored of a peer's entries: those that win, and answers to forged ones.
 
-        What is there already was judged before and does not count yet. `is_stale` says that the sender was away for
-        so long that what it holds may have been deleted and forgotten here (`antientropy.py`).
+        What is there already was judged before and does not count yet. `stale` names the sender if it was away for so
+        long that what it holds may have been deleted and forgotten here (`antientropy.py`). Returns the winners.
         """
+        winners: list[Entry] = []
         for entry in entries:
             known = into.get(entry.at) or self.entry(entry.at)
+            if known is None and self.is_over(entry, now_ms):
+                continue  # nothing here that this deletion could concern
             if known is not None and not _beats(entry, known):
                 continue
-            reason = self._refusal(entry, now_ms=now_ms, is_known=known is not None, is_stale=is_stale)
+            reason = self._refusal(entry, now_ms=now_ms, is_known=known is not None, stale=stale)
             if not reason and self._no_room(entry.bucket, entry.key, len(into)):
-                reason = "full"
+                reason = "registry-full"
             if reason:
                 self.refused[reason] += 1
                 continue
@@ -207,19 +229,21 @@ class Registry:
                 self._reassert(entry.at, now_ms, into)
             else:
                 into[entry.at] = replace(entry, held_ms=now_ms)
+                winners.append(into[entry.at])
+        return winners
 
-    def _refusal(self, entry: Entry, *, now_ms: int, is_known: bool, is_stale: bool) -> str:
+    def _refusal(self, entry: Entry, *, now_ms: int, is_known: bool, stale: str | None) -> str:
         if owner_of(entry.bucket, entry.key) not in (None, entry.origin):
-            return "not-owner"
+            return "registry-not-owner"
         if entry.written_ms > now_ms + self._limits.registry_ahead_ms_max:
-            return "future"  # a broken clock, not a newer value: it would win for ever
-        if is_stale and not is_known and entry.written_ms < now_ms - self._limits.tombstone_ms:
-            return "stale"
+            return "registry-future"  # a broken clock, not a newer value: it would win for ever
+        if stale and not is_known and entry.owner != stale and self._is_old(entry, now_ms):
+            return "registry-stale"
         return ""
 
     def _reassert(self, at: Key, now_ms: int, into: dict[Key, Entry]) -> None:
         """Answer an entry in this node's name that this node did not write: what it wrote, stamped anew."""
-        self.refused["forged"] += 1
+        self.refused["registry-forged"] += 1
         held = self._held[at].entry
         if now_ms < self._reassert_after_ms.get(at, 0) <= now_ms + _REASSERT_MS:
             return
@@ -264,31 +288,91 @@ class Registry:
     @property
     def root(self) -> str:
         """One word for all that this node holds: two nodes with the same root hold the same."""
-        packed = b"".join(one.to_bytes(8, "big") for one in self._sums)
-        return blake2b(packed, digest_size=8).hexdigest()
+        if not self._root:
+            self._root = blake2b(_SUMS.pack(*self.sums), digest_size=8).hexdigest()
+        return self._root
+
+    def leaf(self, leaf: int) -> Collection[Held]:
+        """Return the entries of one leaf of the tree, those included that do not count in its sum."""
+        return self._leaves[leaf].values()
+
+    # -- what time does -------------------------------------------------------------------------------------
+
+    def is_over(self, entry: Entry, now_ms: int) -> bool:
+        """Say whether this is a tombstone whose time is over: it takes no part in comparing any more."""
+        return entry.value is None and self._is_old(entry, now_ms)
+
+    def age(self, now_ms: int) -> None:
+        """Take tombstones out of the tree whose time is over. Every node does so, sooner or later alike."""
+        for at in self._tombstones:
+            held = self._held[at]
+            if held.counts == self.is_over(held.entry, now_ms):
+                held.counts = not held.counts
+                self._count(held)
+
+    def over(self, now_ms: int, *, synced_ms: int) -> list[Key]:
+        """Return the tombstones that can go: old, here for long, and this node has compared with others since."""
+        before_ms = now_ms - self._limits.tombstone_ms
+        return [
+            at
+            for at in self._tombstones
+            if self.is_over(entry := self._held[at].entry, now_ms)
+            and entry.held_ms < before_ms
+            and (entry.held_ms < synced_ms or not synced_ms)
+        ]
+
+    def is_ahead(self, now_ms: int) -> bool:
+        """Say whether this node holds a stamp of an impossible future: some clock was wrong, its own or another's."""
+        return written_ms_of(self.clock.last) > now_ms + self._limits.registry_ahead_ms_max
+
+    def repaired(self, now_ms: int) -> tuple[list[Entry], list[Key]]:
+        """Return entries to write anew with a stamp of now, and keys to drop, so that no such stamp is left.
+
+        Keys that another node owns are dropped: it, or whoever has them with a possible stamp, sends them again.
+        """
+        ceiling_ms = now_ms + self._limits.registry_ahead_ms_max
+        ahead = [entry for entry in self if entry.written_ms > ceiling_ms]
+        self.clock = HybridClock(max((e.stamp for e in self if e.written_ms <= ceiling_ms), default=0))
+        kept = [entry for entry in ahead if entry.owner in (None, self._me)]
+        rewritten = [
+            replace(entry, stamp=self.clock.next(now_ms), origin=self._me, held_ms=now_ms) for entry in kept
+        ]
+        return rewritten, [entry.at for entry in ahead if entry.owner not in (None, self._me)]
+
+    def _is_old(self, entry: Entry, now_ms: int) -> bool:
+        return entry.written_ms < now_ms - self._limits.tombstone_ms
 
     # -- inside ---------------------------------------------------------------------------------------------
 
     def _put(self, entry: Entry) -> None:
         self._remove(entry.at)
         raw = blake2b(entry.text().encode(), digest_size=8).digest()
-        held = _Held(entry, int.from_bytes(raw, "big"), hash_of(entry.at))
-        leaf = held.hash % LEAVES
+        counts = not self.is_over(entry, entry.held_ms)  # as of now for one that has just arrived
+        held = Held(entry, int.from_bytes(raw, "big"), hash_of(entry.at), counts)
         self._held[entry.at] = held
-        self._leaves[leaf][entry.at] = held
-        self._sums[leaf] ^= held.digest
+        self._leaves[held.hash % LEAVES][entry.at] = held
+        if counts:
+            self._count(held)
         self._sizes[entry.bucket] += 1
+        if entry.value is None:
+            self._tombstones.add(entry.at)
 
     def _remove(self, at: Key) -> None:
         held = self._held.pop(at, None)
         if held is None:
             return
-        leaf = held.hash % LEAVES
-        del self._leaves[leaf][at]
-        self._sums[leaf] ^= held.digest
+        del self._leaves[held.hash % LEAVES][at]
+        if held.counts:
+            self._count(held)
         self._sizes[at[0]] -= 1
         if not self._sizes[at[0]]:
             del self._sizes[at[0]]
+        self._tombstones.discard(at)
+
+    def _count(self, held: Held) -> None:
+        """Put a digest into the sum of its leaf, or take it out: the same with XOR."""
+        self.sums[held.hash % LEAVES] ^= held.digest
+        self._root = ""
 
 
 def _beats(one: Entry, other: Entry) -> bool:
@@ -326,10 +410,7 @@ def encode(entries: Iterable[Entry], limits: Limits) -> Iterator[bytes]:
 
 def decode(body: bytes, limits: Limits) -> list[Entry]:
     """Read a frame body. Raises InvalidInput for what no node of this version with these limits sends."""
-    try:
-        rows = json.loads(body)
-    except (ValueError, RecursionError):
-        raise InvalidInput("a registry frame that is not JSON") from None
+    rows = _loaded(body, limits, depth=2)
     if not isinstance(rows, list):
         raise InvalidInput("a registry frame that is not a list")
     if len(rows) > limits.registry_frame_entries_max:
@@ -337,6 +418,15 @@ def decode(body: bytes, limits: Limits) -> list[Entry]:
             f"a registry frame of {len(rows)} entries; the limit is {limits.registry_frame_entries_max}"
         )
     return [_decoded(row, limits) for row in rows]
+
+
+def _loaded(raw: bytes, limits: Limits, *, depth: int) -> Any:  # Any: JSON, checked by the caller
+    """Read JSON as any node reads it; `depth` is how deep a value lies in it."""
+    # A single entry may be longer than a frame that is being filled.
+    bytes_max = (
+        limits.registry_frame_bytes_max + limits.registry_value_bytes_max + 4 * limits.registry_name_chars_max
+    )
+    return load_json(raw, depth_max=limits.json_depth_max + depth, bytes_max=bytes_max)
 
 
 def _decoded(row: object, limits: Limits) -> Entry:
@@ -349,10 +439,7 @@ def _decoded(row: object, limits: Limits) -> Entry:
         raise TooLarge("a registry entry with names over the limit")
     if type(stamp) is not int or not 0 < stamp < _STAMP_END:
         raise InvalidInput("a registry entry with a stamp that is none")
-    try:
-        size = 0 if value is None else len(json.dumps(value, allow_nan=False))
-    except ValueError:
-        raise InvalidInput("a registry value that is not JSON") from None
+    size = 0 if value is None else len(json.dumps(value))
     if size > limits.registry_value_bytes_max:
         raise TooLarge("a registry entry with a value over the limit")
     return Entry(bucket=bucket, key=key, value=value, stamp=stamp, origin=origin)

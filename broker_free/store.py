@@ -1155,6 +1155,18 @@ class Store:
             )
         faults.reach("registry-saved")
 
+    def registry_drop(self, keys: Sequence[tuple[str, str]]) -> None:
+        with self._translating():
+            self._conn.executemany("DELETE FROM entry WHERE bucket = ? AND key = ?", keys)
+
+    def registry_note(self, name: str, value: int) -> None:
+        with self._translating():
+            self._conn.execute("INSERT OR REPLACE INTO registry_note VALUES (?, ?)", (name, value))
+
+    def registry_notes(self) -> dict[str, int]:
+        with self._translating():
+            return dict(self._conn.execute("SELECT name, value FROM registry_note").fetchall())
+
     def registry_load(self) -> list[Entry]:
         with self._translating():
             rows = self._conn.execute(

@@ -39,7 +39,12 @@ EPOCH_MS: Final = 1_700_000_000_000  # UTC at the start of every simulation
 
 # Small bounds, so that a short schedule meets every one of them: a full credit, a resync that cannot list all.
 SMALL: Final = Limits(
-    credit_messages=4, credit_kib=1, in_doubt_max=3, pack_messages_max=3, pack_bytes_max=512
+    credit_messages=4,
+    credit_kib=1,
+    in_doubt_max=3,
+    pack_messages_max=3,
+    pack_bytes_max=512,
+    registry_frame_bytes_max=300,
 )
 
 # I6. After the last fault, the slowest way back: a message in flight over a connection that died without a sign.
@@ -132,6 +137,7 @@ class Image(NamedTuple):
     queued: dict[str, dict[int, Queued]]
     acked: dict[str, tuple[str, int]]
     registry: dict[tuple[str, str], Entry]
+    registry_notes: dict[str, int]
     interests: dict[str, tuple[str, ...]]
 
 
@@ -168,6 +174,7 @@ class SimJournal:
         self.queued = image.queued
         self.acked = image.acked
         self._registry = image.registry
+        self._registry_notes = image.registry_notes
         self._interests = image.interests
         self._number_on()
         self.inbox_committed = self._numbers["inbox"] - 1  # the newest committed row
@@ -237,6 +244,7 @@ class SimJournal:
             queued=queued,
             acked=dict(self.acked),
             registry=dict(self._registry),
+            registry_notes=dict(self._registry_notes),
             interests=dict(self._interests),
         )
 
@@ -528,6 +536,16 @@ class SimJournal:
         for entry in entries:
             self._set(self._registry, entry.at, entry)
 
+    def registry_drop(self, keys: Sequence[tuple[str, str]]) -> None:
+        for at in keys:
+            self._delete(self._registry, at)
+
+    def registry_note(self, name: str, value: int) -> None:
+        self._set(self._registry_notes, name, value)
+
+    def registry_notes(self) -> dict[str, int]:
+        return dict(self._registry_notes)
+
     def registry_load(self) -> list[Entry]:
         return list(self._registry.values())
 
@@ -539,7 +557,7 @@ class SimJournal:
 
 
 def _empty() -> Image:
-    return Image({}, {}, {}, {}, {}, {}, {}, {}, {}, {})
+    return Image({}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {})
 
 
 def _nothing() -> None:
@@ -900,6 +918,7 @@ class SimNode:
             return
         self.life += 1
         journal = self.journal
+        notes = journal.registry_notes()
         tick = self._tick_type(
             me=self.name,
             boot=self._random.getrandbits(53),
@@ -908,7 +927,10 @@ class SimNode:
             wire=self._wire,
             limits=self.limits,
             random=self._random,
-            registry=Registry(self.name, journal.registry_load(), limits=self.limits),
+            registry=Registry(
+                self.name, journal.registry_load(), clock=notes.get("clock", 0), limits=self.limits
+            ),
+            synced_ms=notes.get("synced_ms", 0),
         )
         for pattern, fn in self.effects:
             tick.add_effect(pattern, fn)

@@ -25,12 +25,13 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Protocol, TypeVar
 
 from broker_free import faults
 from broker_free import link as links
+from broker_free.antientropy import Findings, Say, Sync
 from broker_free.errors import (
     InvalidInput,
     OutcomeUnknown,
@@ -46,8 +47,6 @@ from broker_free.link import Ledger, Link, Queued
 from broker_free.message import Envelope, Message, check_message, new_id
 from broker_free.outside import load_json
 from broker_free.registry import Entry, Key, Registry
-from broker_free.registry import decode as decode_entries
-from broker_free.registry import encode as encode_entries
 from broker_free.subject import check_pattern, matches
 
 log = logging.getLogger("broker_free")
@@ -165,7 +164,18 @@ class Journal(Ledger, Protocol):
         """Queue the retained delivered window of a peer again, and forget what it last acked."""
         ...
 
-    def registry_save(self, entries: Sequence[Entry]) -> None: ...
+    def registry_save(self, entries: Sequence[Entry]) -> None:
+        """Write entries over what their keys hold."""
+        ...
+
+    def registry_drop(self, keys: Sequence[Key]) -> None:
+        """Forget keys altogether, as if they had never been."""
+        ...
+
+    def registry_note(self, name: str, value: int) -> None:
+        """Keep a number of the registry's own: "synced_ms", "clock"."""
+        ...
+
     def save_interest(self, peer: str, patterns: Sequence[str]) -> None: ...
 
 
@@ -304,7 +314,7 @@ class _Inputs:
     rejected: list[tuple[str, links.Rejected]] = field(default_factory=list)
     expired: list[tuple[str, links.Expired]] = field(default_factory=list)
     regressed: list[str] = field(default_factory=list)
-    entries: dict[Key, Entry] = field(default_factory=dict)
+    registry: Findings = field(default_factory=Findings)
     interests: dict[str, tuple[str, ...]] = field(default_factory=dict)
     has_opened: bool = False  # acks seen earlier are written before a new session's pump reads
 
@@ -315,7 +325,7 @@ class _Inputs:
             or self.rejected
             or self.expired
             or self.regressed
-            or self.entries
+            or self.registry
             or self.interests
             or self.has_opened
         )
@@ -339,13 +349,15 @@ class Tick:
         limits: Limits,
         random: Random,
         registry: Registry,
+        synced_ms: int = 0,
     ) -> None:
+        """`synced_ms` is the UTC time at which this node last compared registries, 0 for never."""
         self.me = me
         self.registry = registry
         self.interest: tuple[str, ...] = ()  # this node's own patterns
         self.interests: dict[str, tuple[str, ...]] = {}  # of each peer
         self.links: dict[str, Link] = {}
-        self.refused = Counter()
+        self.refused = registry.refused = Counter()
         self.alarms = Counter()
         self._told_ms: dict[tuple[str, str], int] = {}  # (kind, peer) of alarms -> when it was told last
         self._holds: dict[str, int | None] = {}  # why this node takes no messages -> until when
@@ -356,7 +368,9 @@ class Tick:
             ALARM: self._on_alarm,
         }
         self._boot = boot
-        self._about = about
+        self._sync = Sync(me=me, registry=registry, limits=limits, random=random, synced_ms=synced_ms)
+        self._utc_ms = 0
+        self._about = lambda: {**about(), **self._sync.about(self._utc_ms)}
         self._journal = journal
         self._wire = wire
         self._limits = limits
@@ -382,7 +396,6 @@ class Tick:
         self._inputs = _Inputs()
         self._outcome = Outcome()
         self._now_ms = 0  # monotonic
-        self._utc_ms = 0
         self._steady_ms = 0
 
     # -- set-up ---------------------------------------------------------------------------------------------
@@ -548,9 +561,12 @@ class Tick:
             self._release_due()
         for peer in self._to_visit():
             self._do(peer, self.links[peer].on_tick(self._now_ms))
+        self._sync.keep_house(now_ms=self._now_ms, utc_ms=self._utc_ms, into=self._inputs.registry)
         if work or self._inputs or self._marks_are_due() or self._journal.has_due(self._steady_ms):
             self._transaction(work)
         self._weigh_backlog()
+        if self._sync.next_wake_ms(self._now_ms) <= self._now_ms:
+            self._say(self._sync.converse(now_ms=self._now_ms, utc_ms=self._utc_ms))
         if self._stirred:
             self._follow_up()
         outcome, self._outcome = self._outcome, Outcome()
@@ -616,6 +632,7 @@ class Tick:
         wake_ms = alarms[0][0] if alarms else self._now_ms + _WAKE_MS_MAX
         for until_ms in self._holds.values():
             wake_ms = wake_ms if until_ms is None else min(wake_ms, until_ms)
+        wake_ms = min(wake_ms, self._sync.next_wake_ms(self._now_ms))
         return wake_ms if self._marks_due_ms is None else min(wake_ms, self._marks_due_ms)
 
     def close(self) -> None:
@@ -658,8 +675,7 @@ class Tick:
         self._marks_last.clear()
         self._marks_due_ms = None
         self._acknowledge(inputs)
-        self._spread(outcome.entries, inputs)
-        outcome.entries += inputs.entries.values()
+        outcome.entries = self._spread(outcome.entries, inputs)
         outcome.regressed += inputs.regressed
         self._outcome = _joined(self._outcome, outcome)
 
@@ -695,11 +711,20 @@ class Tick:
             faults.reach("in-requeue")
             detail = f"its store went back in time; {count} delivered messages are queued again"
             self.raise_alarm("regression", peer, detail)
-        if inputs.entries:
-            journal.registry_save(list(inputs.entries.values()))
+        if inputs.registry:
+            self._write_findings(inputs.registry)
         for peer, patterns in inputs.interests.items():
             journal.save_interest(peer, patterns)
         self._apply_effects(journal.due(steady_ms, self._limits.tick_operations_max), outcome)
+
+    def _write_findings(self, found: Findings) -> None:
+        journal = self._journal
+        if found.drops:
+            journal.registry_drop(found.drops)
+        if found.entries:
+            journal.registry_save(list(found.entries.values()))
+        for name, value in found.notes.items():
+            journal.registry_note(name, value)
 
     def _write_marks(self) -> None:
         if self._marks:
@@ -889,18 +914,30 @@ class Tick:
         if acks:
             faults.reach("after-ack")
 
-    def _spread(self, own: Sequence[Entry], inputs: _Inputs) -> None:
-        """Make registry entries and interests count, and tell the peers about this node's own."""
-        self.registry.apply(own, own=True)
-        self.registry.apply(inputs.entries.values())
+    def _spread(self, own: Sequence[Entry], inputs: _Inputs) -> list[Entry]:
+        """Make registry entries and interests count, and tell the peers. Returns the entries in their order."""
+        registry, found = self.registry, inputs.registry
+        gone = [
+            replace(entry, value=None)
+            for at in found.drops
+            if at not in found.entries and (entry := registry.entry(at)) and entry.value is not None
+        ]
+        registry.drop(found.drops)
+        registry.apply(own, own=True)
+        registry.apply(found.entries.values())
         self.interests.update(inputs.interests)
-        for body in encode_entries(own, self._limits):
-            for peer, link in self.links.items():
-                self._do(peer, link.tell(REGISTRY, body))
+        written = [entry for entry in found.entries.values() if entry.origin == self.me]
+        self._say(self._sync.committed([*own, *written]))
+        return [*gone, *found.entries.values(), *own]
+
+    def _say(self, says: Iterable[Say]) -> None:
+        for peer, meta, body in says:
+            self._do(peer, self.links[peer].tell(REGISTRY, body, meta))
 
     def _fail(self, work: Sequence[Work], error: StoreFailed, is_unknown: bool) -> None:
         """Nothing of this tick is on disk. End every session: what was sent early is found out by the resync."""
         log.error("transaction failed", extra={"error": error.message})
+        self._sync.forget()
         self.end_sessions("commit failed")
         cause: StoreFailed = error
         if is_unknown:
@@ -948,6 +985,7 @@ class Tick:
                     self._on_opened(peer, action)
                 case links.Lost(reason):
                     self._forget_marks(peer)
+                    self._sync.lost(peer)
                     self._outcome.lost.append((peer, reason))
                 case links.Blocked():
                     self._outcome.blocked.append(peer)
@@ -963,8 +1001,7 @@ class Tick:
         self._inputs.has_opened = True
         self._outcome.opened.append((peer, opened))
         self._tell_interest(peer)
-        for body in encode_entries(self.registry, self._limits):
-            self._do(peer, self.links[peer].tell(REGISTRY, body))
+        self._sync.opened(peer, opened.about, now_ms=self._now_ms, utc_ms=self._utc_ms)
 
     def _tell_interest(self, peer: str) -> None:
         body = json.dumps(self.interest).encode()
@@ -982,8 +1019,14 @@ class Tick:
             self._do(peer, self.links[peer].drop(error.message, self._now_ms))
 
     def _on_registry(self, peer: str, frame: Frame) -> None:
-        entries = decode_entries(frame.body, self._limits)
-        self.registry.judge(entries, now_ms=self._utc_ms, into=self._inputs.entries)
+        self._sync.take(
+            peer,
+            frame.meta,
+            frame.body,
+            now_ms=self._now_ms,
+            utc_ms=self._utc_ms,
+            into=self._inputs.registry,
+        )
 
     def _on_interest(self, peer: str, frame: Frame) -> None:
         patterns = _patterns_of(frame.body, self._limits)

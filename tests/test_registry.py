@@ -135,7 +135,7 @@ def test_a_stamp_from_an_impossible_future_is_not_believed() -> None:
     entries = Registry("me")
     future = Registry("x").make("b", "k", {}, now_ms=NOW_MS + DAY_MS + 1)
     assert given_to(entries, [future]) == []
-    assert entries.refused == {"future": 1}
+    assert entries.refused == {"registry-future": 1}
     assert entries.make("b", "k", {}, now_ms=NOW_MS).stamp < future.stamp
     assert given_to(entries, [future], now_ms=NOW_MS + 1) == [future]
 
@@ -147,7 +147,7 @@ def test_only_its_owner_writes_a_key_of_an_owned_bucket() -> None:
     mine = written(entries, "own.b", "me.k", {"n": 1}, 1)
     theirs = Registry("x").make("b", "k", {}, now_ms=2)
     assert given_to(entries, [replace(theirs, bucket="own.b", key=key) for key in ("me.k", "you.k")]) == []
-    assert entries.refused == {"not-owner": 2}
+    assert entries.refused == {"registry-not-owner": 2}
     assert list(entries) == [mine]
 
 
@@ -158,7 +158,7 @@ def test_an_entry_in_a_nodes_own_name_does_not_replace_what_it_wrote() -> None:
     (answer,) = given_to(entries, [forged])
     assert (answer.value, answer.origin) == ({"n": 1}, "me")
     assert answer.stamp > forged.stamp
-    assert entries.refused == {"forged": 1}
+    assert entries.refused == {"registry-forged": 1}
     assert given_to(entries, [replace(forged, stamp=answer.stamp + 1)]) == []  # answered once in a while
     assert entries.bucket("own.b")[0].value == {"n": 1}
 
@@ -193,4 +193,4 @@ def test_names_values_and_numbers_have_bounds() -> None:
         entries.make("c", "k", {}, now_ms=1, pending=3)
     others = [Entry(bucket="c", key=f"k{n}", value={}, stamp=1, origin="x") for n in range(4)]
     assert len(given_to(entries, others)) == 3
-    assert entries.refused == {"full": 1}
+    assert entries.refused == {"registry-full": 1}

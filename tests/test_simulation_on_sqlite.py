@@ -200,6 +200,17 @@ class TwinJournal(SimJournal):
         super().registry_save(entries)
         self.real.registry_save(entries)
 
+    def registry_drop(self, keys: Sequence[tuple[str, str]]) -> None:
+        super().registry_drop(keys)
+        self.real.registry_drop(keys)
+
+    def registry_note(self, name: str, value: int) -> None:
+        super().registry_note(name, value)
+        self.real.registry_note(name, value)
+
+    def registry_notes(self) -> dict[str, int]:
+        return the_same(super().registry_notes(), self.real.registry_notes())  # type: ignore[no-any-return]  # as above
+
     def save_interest(self, peer: str, patterns: Sequence[str]) -> None:
         super().save_interest(peer, patterns)
         self.real.save_interest(peer, patterns)
