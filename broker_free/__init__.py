@@ -9,6 +9,7 @@ TYPE_CHECKING = False  # typing costs 4 ms of a short command's start; type chec
 if TYPE_CHECKING:
     from typing import Any
 
+    from broker_free.blobfiles import Blob as Blob
     from broker_free.client import DoorClient as DoorClient
     from broker_free.errors import BrokerFreeError as BrokerFreeError
     from broker_free.limits import Limits as Limits
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Alarm": "tick",
+    "Blob": "blobfiles",
     "BrokerFreeError": "errors",
     "DoorClient": "client",
     "Limits": "limits",
@@ -29,7 +31,7 @@ _HOME = {
     "Tx": "tick",
 }
 
-__all__ = ["Alarm", "BrokerFreeError", "DoorClient", "Limits", "Migrations", "Node", "Receipt", "Tx"]
+__all__ = ["Alarm", "Blob", "BrokerFreeError", "DoorClient", "Limits", "Migrations", "Node", "Receipt", "Tx"]
 
 
 def __getattr__(name: str) -> Any:  # the type depends on the name asked for

@@ -19,6 +19,9 @@ BrokerFreeError
 ├ RegistryFull            a bucket, or the registry, is at its limit
 ├ LeaseLost               a job is not this consumer's any more: nothing was written
 ├ TransactionMisused      a transaction inside another, or used after its function has ended
+├ BlobFailed              a large body could not be had
+│ ├ UnknownBlob           it is not there, or not for this node
+│ └ BlobDamaged           what came does not match its digest
 ├ TimedOut                what was waited for has not happened yet; nothing is lost by that
 ├ NodeClosed              the node has been closed
 ├ NodeUnreachable         nobody answers at the local door
@@ -117,6 +120,18 @@ class LeaseLost(BrokerFreeError):
 
 class TransactionMisused(BrokerFreeError, RuntimeError):
     code = "transaction-misused"
+
+
+class BlobFailed(BrokerFreeError):
+    code = "blob-failed"
+
+
+class UnknownBlob(BlobFailed):
+    code = "unknown-blob"
+
+
+class BlobDamaged(BlobFailed):
+    code = "blob-damaged"
 
 
 class TimedOut(BrokerFreeError):

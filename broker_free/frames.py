@@ -59,6 +59,8 @@ JOIN_OK: Final = 16
 READY: Final = 17
 INTEREST: Final = 18
 REGISTRY: Final = 19
+CHUNK_GET: Final = 20  # large bodies: blob.py
+CHUNK: Final = 21
 ALARM: Final = 22
 
 NAMES: Final = {
@@ -80,6 +82,8 @@ NAMES: Final = {
     READY: "READY",
     INTEREST: "INTEREST",
     REGISTRY: "REGISTRY",
+    CHUNK_GET: "CHUNK_GET",
+    CHUNK: "CHUNK",
     ALARM: "ALARM",
 }
 
@@ -94,10 +98,11 @@ CREDITS: Final = "credit"
 REVOCATION: Final = "revoke"
 EPHEMERALS: Final = "ephemeral"
 RECEIPTS: Final = "receipt"
-FEATURES: Final = frozenset({TTL, CREDITS, REVOCATION, EPHEMERALS, RECEIPTS})
+BLOBS: Final = "blob"
+FEATURES: Final = frozenset({TTL, CREDITS, REVOCATION, EPHEMERALS, RECEIPTS, BLOBS})
 
 # Frames of an open session that the link hands on as they are; `Tick` has a handler for each.
-CONTROLS: Final = frozenset({EPHEMERAL, RECEIPT, PROBE, REVOKE, INTEREST, REGISTRY, ALARM})
+CONTROLS: Final = frozenset({EPHEMERAL, RECEIPT, PROBE, REVOKE, INTEREST, REGISTRY, CHUNK_GET, CHUNK, ALARM})
 
 _HEAD = {
     version: [b"BF" + bytes((version, kind)) for kind in range(256)]

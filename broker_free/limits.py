@@ -84,3 +84,15 @@ class Limits:
 
     retained_ms: int = DAY_MS  # delivered messages kept for a peer whose store goes back in time
     retained_messages: int = 10_000
+
+    blob_bytes_max: int = 1024 * MIB  # one large body; the format itself reaches 256 GiB
+    blobs_bytes_max: int = 16 * 1024 * MIB  # all large bodies of a home, unfinished ones included
+    blobs_max: int = 64  # named by one message: their ids must fit into its metadata
+    blob_fetches_max: int = 256  # under way at once
+    # asked of one peer and not yet on disk: all that ever lies in front of a letter
+    blob_window_bytes: int = 256 * KIB
+    blob_slice_bytes: int = 256 * KIB  # sent in one tick, after its mail
+    blob_sync_bytes: int = 4 * MIB  # written between two syncs, so that the store's own never waits for more
+    blob_answer_ms: int = 30_000  # a request without an answer is made again
+    # after its last use; then dropped, unless a message in the outbox names it
+    blob_retained_ms: int = 7 * DAY_MS

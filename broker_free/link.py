@@ -321,6 +321,11 @@ class Link:
         return self._session.conn if self._session else None
 
     @property
+    def session(self) -> int | None:
+        """The id of the open session."""
+        return self._session.id if self._session and self._session.is_open else None
+
+    @property
     def in_flight(self) -> int:
         return len(self._sent)
 
@@ -753,14 +758,28 @@ class Link:
         return [Send(current.conn, refusal)]
 
     def tell(
-        self, kind: int, body: bytes, meta: Mapping[str, Any] | None = None, *, flags: int = 0
+        self,
+        kind: int,
+        body: bytes,
+        meta: Mapping[str, Any] | None = None,
+        *,
+        seq: int = 0,
+        lane: int = 0,
+        flags: int = 0,
     ) -> list[Action]:
         """Send a frame of the kinds in `frames.CONTROLS` over the open session, if there is one."""
         session = self._session
         if session is None or not session.is_open:
             return []
         frame = Frame(
-            kind=kind, version=session.version, session=session.id, flags=flags, meta=meta or {}, body=body
+            kind=kind,
+            version=session.version,
+            session=session.id,
+            seq=seq,
+            lane=lane,
+            flags=flags,
+            meta=meta or {},
+            body=body,
         )
         return [Send(session.conn, frame)]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from random import Random
 from types import MappingProxyType
 from typing import Final
 
+from broker_free.blob import check_id
 from broker_free.errors import InvalidInput, TooLarge
 from broker_free.limits import Limits
 from broker_free.outside import load_json
@@ -41,6 +42,7 @@ class Message:
     body: bytes
     headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
     reply_to: str | None = None
+    blobs: tuple[str, ...] = ()  # ids of the large bodies that go with it; the sender serves them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +57,7 @@ class Envelope:
     headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
     reply_to: str | None = None
     ttl_ms: int | None = None  # what remained of its lifetime when it arrived, if its sender gave it one
+    blobs: tuple[str, ...] = ()  # of large bodies: `fetch_blob(id, peer=sender)`
 
 
 def new_id(now_ms: int) -> str:
@@ -89,7 +92,7 @@ def id_from_bytes(raw: bytes) -> str:
 def metadata_of(message: Message) -> bytes:
     """Return the metadata of a checked message as it travels and is stored: JSON, absent keys left out."""
     if (
-        not message.reply_to and not message.headers
+        not message.reply_to and not message.headers and not message.blobs
     ):  # a checked id and subject hold nothing that JSON escapes
         return f'{{"id":"{message.id}","subject":"{message.subject}"}}'.encode()
     meta: dict[str, object] = {"id": message.id, "subject": message.subject}
@@ -97,6 +100,8 @@ def metadata_of(message: Message) -> bytes:
         meta["reply_to"] = message.reply_to
     if message.headers:
         meta["headers"] = dict(message.headers)
+    if message.blobs:
+        meta["blobs"] = message.blobs
     return _to_json(meta).encode()
 
 
@@ -125,9 +130,23 @@ def parse_metadata(raw: bytes, body: bytes, limits: Limits) -> Message:
         isinstance(headers, dict) and all(isinstance(value, str) for value in headers.values())
     ):
         raise InvalidInput("headers map text to text")
+    blobs = meta.get("blobs") or ()
+    if not isinstance(blobs, (list, tuple)):
+        raise InvalidInput("blobs are a list of ids")
+    check_blobs(blobs, limits)
     id_to_bytes(message_id)
     check_subject(subject)
-    return Message(id=message_id, subject=subject, body=body, headers=headers, reply_to=reply_to)
+    return Message(
+        id=message_id, subject=subject, body=body, headers=headers, reply_to=reply_to, blobs=tuple(blobs)
+    )
+
+
+def check_blobs(blobs: Sequence[object], limits: Limits) -> None:
+    """Refuse a list of blob ids that is too long, or holds anything else."""
+    if len(blobs) > limits.blobs_max:
+        raise TooLarge(f"{len(blobs)} blobs in one message; the limit is {limits.blobs_max}")
+    for blob_id in blobs:
+        check_id(blob_id)
 
 
 def check_message(message: Message, limits: Limits) -> bytes:
@@ -137,8 +156,9 @@ def check_message(message: Message, limits: Limits) -> bytes:
     if len(message.body) > limits.body_bytes_max:
         raise TooLarge(
             f"the body has {len(message.body)} bytes; the limit is {limits.body_bytes_max}",
-            hint="send a reference to it, or split it",
+            hint="publish it as a blob: blob = await node.put_blob(body), then publish(…, blobs=[blob.id])",
         )
+    check_blobs(message.blobs, limits)
     meta = metadata_of(message)
     if len(meta) > limits.metadata_bytes_max:
         raise TooLarge(f"headers of {len(meta)} bytes; the limit is {limits.metadata_bytes_max}")

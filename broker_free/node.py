@@ -21,7 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from broker_free.blob import check_id
+from broker_free.blobfiles import Blob
 from broker_free.bucket import Bucket, Mirror
+from broker_free.carrier import Waiter
 from broker_free.clock import utc_ms
 from broker_free.consumer import Lease
 from broker_free.errors import (
@@ -157,6 +160,7 @@ class Node:
         self._health = Health()
         self._on_health: list[Callable[[Health], None]] = []
         self._on_failed: list[Callable[[BaseException], None]] = []
+        self._waiters: set[Waiter] = set()  # of fetches
         self._room = asyncio.Event()
         self._readers: ThreadPoolExecutor | None = None
         self._reader_state = threading.local()
@@ -242,16 +246,22 @@ class Node:
         to: Sequence[str] | None = None,
         ttl_ms: int | None = None,
         message_id: str | None = None,
+        blobs: Sequence[str] = (),
     ) -> Coroutine[Any, Any, Receipt]:
         """Queue a message durably and return once it is on disk here.
 
         `to` names node ids (this node's own included, if wanted); without it the recipients are all members whose
-        interest covers the subject now, offline ones too. Raises InvalidInput, UnknownPeer, OutboxFull, StoreFailed;
-        OutcomeUnknown when the commit failed after the message may have left.
+        interest covers the subject now, offline ones too. `blobs` are ids from `put_blob`: the recipients may fetch
+        them from here for as long as the message is queued or retained. Raises InvalidInput, UnknownPeer, UnknownBlob,
+        OutboxFull, StoreFailed; OutcomeUnknown when the commit failed after the message may have left.
         """
         _refuse_inside("publish", "tx.publish joins the transaction")
         message = Message(
-            id=message_id or new_id(utc_ms()), subject=subject, body=body, headers=headers or {}
+            id=message_id or new_id(utc_ms()),
+            subject=subject,
+            body=body,
+            headers=headers or {},
+            blobs=tuple(blobs),
         )
         meta = check_message(message, self.limits)
         work = Publish(
@@ -262,6 +272,64 @@ class Node:
             may_repeat=message_id is not None,
         )
         return self._submit(work)
+
+    async def put_blob(self, source: Path | str | bytes) -> Blob:
+        """Copy a large body, a file or bytes, into this home and return once it is on disk.
+
+        Name it in `publish(…, blobs=[blob.id])`. What no message names is dropped `Limits.blob_retained_ms` after its
+        last use. Raises TooLarge, DiskLow, InvalidInput when the file cannot be read.
+        """
+        owner = self._running()
+        content = source if isinstance(source, bytes) else Path(source)
+        while True:
+            blob = await asyncio.to_thread(owner.blobs.put, content)
+            if await self.transact(owner.record_blob, blob):
+                return blob
+
+    async def fetch_blob(
+        self,
+        blob_id: str,
+        *,
+        peer: str,
+        timeout: float | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Path:
+        """Pull a large body from `peer`, usually `envelope.sender`, and return its path in this home.
+
+        Every piece is checked. While the peer cannot be reached this waits; a fetch that was broken off, by a time-out
+        (in seconds), a cancellation or a crash, goes on from the chunks that are here. `on_progress(bytes here, size)`
+        is called on the loop. Copy or link the file to keep it: it is dropped `Limits.blob_retained_ms` after its last
+        fetch. Raises UnknownBlob, BlobDamaged, TooLarge, DiskLow, UnknownPeer, TimedOut, NodeClosed.
+        """
+        check_id(blob_id)
+        owner = self._running()
+        while True:
+            blob = await self._fetch_blob(owner, blob_id, peer, timeout, on_progress)
+            if await self.transact(owner.record_blob, blob):
+                return blob.path
+
+    async def _fetch_blob(
+        self,
+        owner: Owner,
+        blob_id: str,
+        peer: str,
+        timeout: float | None,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> Blob:
+        waiter = Waiter(asyncio.get_running_loop().create_future(), on_progress)
+        self._waiters.add(waiter)
+        try:
+            await owner.ask(lambda: owner.fetch_blob(blob_id, peer, waiter))
+            async with asyncio.timeout(timeout):
+                return await waiter.future
+        except TimeoutError:
+            raise TimedOut(
+                f"blob {blob_id[:12]} has not come from {peer} in time",
+                hint="fetch it again: it goes on from what is here",
+            ) from None
+        finally:
+            self._waiters.discard(waiter)
+            owner.later(lambda: owner.carrier.leave(blob_id, waiter))
 
     def subscribe(self, pattern: str, *, durable: str, lease_ms: int | None = None) -> Subscription:
         """Consume messages of a pattern under a durable name: `async with` opens it, `async for` yields jobs.
@@ -455,6 +523,8 @@ class Node:
             fail(future, error)
             future.exception()  # a caller that was cancelled has nobody left to hear it
         self._futures.clear()
+        for waiter in self._waiters:
+            fail(waiter.future, error)
         for receipt in self._receipts.values():
             receipt.fail(error)
         self._receipts.clear()

@@ -19,6 +19,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from broker_free import faults, frames
+from broker_free.blobfiles import Blob, BlobFiles
+from broker_free.carrier import Carrier, Waiter
 from broker_free.clock import SteadyClock, machine_boot, mono_ms, since_boot_ms, utc_ms
 from broker_free.consumer import Lease, Leases
 from broker_free.errors import (
@@ -28,6 +30,8 @@ from broker_free.errors import (
     NodeClosed,
     StoreBroken,
     StoreFailed,
+    UnknownBlob,
+    UnknownPeer,
 )
 from broker_free.frames import Frame
 from broker_free.futures import fail, succeed
@@ -121,6 +125,9 @@ class Owner:
         self._steady: SteadyClock
         self._watch: Watch
         self.mesh: Mesh
+        self.blobs: BlobFiles
+        self.carrier: Carrier
+        self._has_chunks = False  # to be sent at once, after the mail that has come meanwhile
         self._rtt: dict[str, float] = {}
         self._housekeeping_due_ms = 0
         self._prune_due_ms = 0  # steady
@@ -172,7 +179,7 @@ class Owner:
         return await future
 
     def refused(self) -> dict[str, int]:
-        return dict(self._transport.refused + self._tick.refused)
+        return dict(self._transport.refused + self._tick.refused + self.carrier.counts())
 
     def alarms(self) -> dict[str, int]:
         return dict(self._tick.alarms)
@@ -248,6 +255,22 @@ class Owner:
     def close_consumer(self, holder: int) -> None:
         self.later(lambda: self._leases.close(holder))
 
+    def record_blob(self, tx: Tx, blob: Blob) -> bool:
+        """Enter a blob that has just been written. False when its file has been dropped in between."""
+        if not self.blobs.is_here(blob.id):
+            return False
+        self._store.add_blob(blob.id, blob.size, tx.steady_ms)
+        return True
+
+    def fetch_blob(self, blob_id: str, peer: str, waiter: Waiter) -> None:
+        """Begin to fetch; the waiter is told. Between transactions."""
+        if peer == self._node.node_id:
+            if not self.blobs.is_here(blob_id):
+                raise UnknownBlob(f"no blob {blob_id[:12]} on this node")
+        elif peer not in self.mesh.members:
+            raise UnknownPeer(f"no member {peer!r} in this mesh", hint="pair with it by an invitation first")
+        self.carrier.fetch(blob_id, peer, waiter)
+
     # -- the thread -----------------------------------------------------------------------------------------
 
     def _main(self) -> None:
@@ -316,6 +339,17 @@ class Owner:
             registry=Registry(node.node_id, entries, clock=notes.get("clock", 0), limits=self._limits),
             synced_ms=notes.get("synced_ms", 0),
         )
+        self.blobs = BlobFiles(node.home / "blobs", self._limits)
+        self.blobs.open()
+        self.carrier = Carrier(
+            files=self.blobs,
+            sessions=self._tick,
+            rows=self._store,
+            wake=self._transport.wake,
+            loop=self._loop,
+            limits=self._limits,
+            random=random.Random(secrets.randbits(64)),
+        )
         for pattern, fn in effects:
             self._tick.add_effect(pattern, fn)
         self._store.has_effect = self._tick.effects_of
@@ -336,6 +370,8 @@ class Owner:
         self.tell_views()
 
     def _release(self) -> None:
+        if (carrier := getattr(self, "carrier", None)) is not None:
+            carrier.close()
         if (transport := getattr(self, "_transport", None)) is not None:
             transport.close_all()
         if (store := getattr(self, "_store", None)) is not None:
@@ -367,7 +403,7 @@ class Owner:
                 self._keep_house(now_ms)
             except StoreFailed as error:
                 self._break(error)
-            timeout_ms = 0 if self._queue else self._sleep_ms()
+            timeout_ms = 0 if self._queue or self._has_chunks else self._sleep_ms()
 
     def _turn(self, events: Sequence[Connected | Closed | Received | Beat], now_ms: int) -> None:
         self._tick.start(now_ms=now_ms, utc_ms=utc_ms(), steady_ms=self._steady.ms())
@@ -384,6 +420,7 @@ class Owner:
             # Of the tick's own time, which began so long ago.
             self._tick.hold("slow store", for_ms=2 * took_ms)
         self._follow(outcome)
+        self._has_chunks = self.carrier.turn(now_ms)
 
     def _close(self) -> None:
         if self._store.has_notes:
@@ -403,6 +440,8 @@ class Owner:
         )
         with contextlib.suppress(StoreFailed):
             self._tick.end_sessions("the store has failed")
+        self._has_chunks = False
+        self.carrier.abandon(error)
         self._tell_health()
 
     def _turn_away(self, events: Sequence[Connected | Closed | Received | Beat], now_ms: int) -> None:
@@ -517,6 +556,8 @@ class Owner:
             self.mesh.note_whereabouts(peer, opened.about)
             self._dirty.add(peer)
             log.info("session open", extra={"peer": peer, "peer_name": self.mesh.members[peer].name})
+        for peer, frame in outcome.chunks:
+            self.carrier.on_frame(peer, frame, mono_ms())
         for peer, reason in outcome.lost:
             self._dirty.add(peer)
             log.info("session lost", extra={"peer": peer, "reason": reason})
@@ -567,6 +608,7 @@ class Owner:
             self._write_notes(tx)
         if tx.steady_ms >= self._prune_due_ms and not self._store.prune(tx.steady_ms):
             self._prune_due_ms = tx.steady_ms + _PRUNE_MS
+            self._prune_blobs(tx)
         for peer, link in self._tick.links.items():
             for message_id in self._store.expire(peer, beyond_row=link.cursor, now_ms=tx.steady_ms):
                 tx.after_commit(partial(self._node.take, Outcome(dead=[(message_id, peer, EXPIRED)])))
@@ -584,6 +626,12 @@ class Owner:
         """Keep an event, to be written with the next house-keeping."""
         self._store.note(kind, detail, peer=peer)
 
+    def _prune_blobs(self, tx: Tx) -> None:
+        unused = self._store.drop_unused_blobs(tx.steady_ms)
+        left_since_s = (utc_ms() - self._limits.blob_retained_ms) / 1_000  # as files count
+        tx.after_commit(lambda: self.later(lambda: self.carrier.drop(unused)))
+        tx.after_commit(lambda: self.later(lambda: self.carrier.sweep(left_since_s)))
+
     def transact(self, fn: Callable[..., object], *args: Any) -> None:
         self._queue.append(Transact(fn=fn, args=args))
 
@@ -593,6 +641,9 @@ class Owner:
     def _sleep_ms(self) -> int:
         tick_ms = self._tick.next_wake_ms() if self._broken is None else self._housekeeping_due_ms
         due_ms = min(tick_ms, self._watch.next_wake_ms(), self._housekeeping_due_ms)
+        chunks_ms = self.carrier.next_wake_ms(mono_ms()) if self._broken is None else None
+        if chunks_ms is not None:
+            due_ms = min(due_ms, chunks_ms)
         sleep_ms = max(0, due_ms - mono_ms())
         if self._store.next_expiry_ms is not None and self._broken is None:
             sleep_ms = min(sleep_ms, max(0, self._store.next_expiry_ms - self._steady.ms()))

@@ -58,7 +58,10 @@ STEPS: Final[tuple[tuple[str, ...], ...]] = (
         "CREATE TABLE lifetime (row INTEGER PRIMARY KEY, expires_ms INTEGER NOT NULL)",
         """CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 1), machine_boot TEXT NOT NULL,
         offset_ms INTEGER NOT NULL, ahead_ms INTEGER NOT NULL, at_ms INTEGER NOT NULL)""",
-        # -- blob
+        # -- blob: large bodies on this node's disk, and which messages to whom name them
+        "CREATE TABLE blob (id BLOB PRIMARY KEY, bytes INTEGER NOT NULL, used_ms INTEGER NOT NULL) WITHOUT ROWID",
+        """CREATE TABLE blob_ref (blob BLOB NOT NULL, peer INTEGER NOT NULL, msg_id BLOB NOT NULL,
+        PRIMARY KEY (blob, peer, msg_id)) WITHOUT ROWID""",
         # -- registry: one row a key. Until now an entry belonged to its writer, and owned buckets keep that.
         """CREATE TABLE entry (bucket TEXT NOT NULL, key TEXT NOT NULL, value TEXT, stamp INTEGER NOT NULL,
         origin TEXT NOT NULL, held_ms INTEGER NOT NULL, PRIMARY KEY (bucket, key)) WITHOUT ROWID""",

@@ -43,6 +43,7 @@ from broker_free.errors import (
     OutboxFull,
     StoreBroken,
     StoreFailed,
+    UnknownBlob,
     UnsuitableHome,
 )
 from broker_free.limits import MIB, Limits
@@ -772,6 +773,8 @@ class Store:
         size = len(meta) + len(message.body)
         for peer in recipients:
             self._check_room(peer, size)
+        if message.blobs:
+            self._refer(message.blobs, recipients, raw_id, now_ms)
         number, self._next_message = self._next_message, self._next_message + 1
         self._new_messages.append((number, raw_id, meta, message.body, digest, len(recipients)))
         expires_ms = now_ms + (ttl_ms or self._limits.ttl_ms_default)
@@ -882,6 +885,64 @@ class Store:
             "regression", f"{cursor.rowcount} delivered messages are sent again", now_ms=now_ms, peer=peer
         )
         return cursor.rowcount
+
+    # -- large bodies ---------------------------------------------------------------------------------------
+
+    def add_blob(self, blob_id: str, size: int, now_ms: int) -> None:
+        """A blob is complete on this disk, or has been used again."""
+        with self._translating():
+            self._conn.execute(
+                "INSERT INTO blob (id, bytes, used_ms) VALUES (?,?,?)"
+                " ON CONFLICT (id) DO UPDATE SET used_ms = excluded.used_ms",
+                (bytes.fromhex(blob_id), size, now_ms),
+            )
+
+    def has_blob(self, blob_id: str) -> bool:
+        with self._translating():
+            return (
+                self._conn.execute("SELECT 1 FROM blob WHERE id = ?", (bytes.fromhex(blob_id),)).fetchone()
+                is not None
+            )
+
+    def may_fetch_blob(self, blob_id: str, peer: str) -> bool:
+        """Say whether a message to `peer` names this blob: that is what gives the right to it."""
+        with self._translating():
+            return (
+                self._conn.execute(
+                    "SELECT 1 FROM blob_ref WHERE blob = ? AND peer = ? LIMIT 1",
+                    (bytes.fromhex(blob_id), self._peer_id(peer)),
+                ).fetchone()
+                is not None
+            )
+
+    def _refer(self, blobs: Sequence[str], recipients: Sequence[str], raw_id: bytes, now_ms: int) -> None:
+        raw_blobs = [bytes.fromhex(blob_id) for blob_id in blobs]
+        for blob_id in blobs:
+            if not self.has_blob(blob_id):
+                raise UnknownBlob(
+                    f"no blob {blob_id[:12]} on this node", hint="put_blob or fetch_blob it first"
+                )
+        with self._translating():
+            self._conn.executemany(
+                "INSERT OR IGNORE INTO blob_ref (blob, peer, msg_id) VALUES (?,?,?)",
+                [(blob, self._peer_id(peer), raw_id) for blob in raw_blobs for peer in recipients],
+            )
+            self._conn.executemany(
+                "UPDATE blob SET used_ms = ? WHERE id = ?", [(now_ms, blob) for blob in raw_blobs]
+            )
+
+    def drop_unused_blobs(self, now_ms: int) -> list[str]:
+        """Forget one slice of the blobs that nothing has used for long and no outbox row names. Returns their ids."""
+        with self._translating():
+            unused = self._conn.execute(
+                "SELECT id FROM blob WHERE used_ms < ? AND NOT EXISTS (SELECT 1 FROM blob_ref r JOIN outbox o"
+                " ON o.peer = r.peer AND o.msg_id = r.msg_id WHERE r.blob = blob.id)"
+                f" LIMIT {_PRUNE_SLICE}",
+                (now_ms - self._limits.blob_retained_ms,),
+            ).fetchall()
+            self._conn.executemany("DELETE FROM blob_ref WHERE blob = ?", unused)
+            self._conn.executemany("DELETE FROM blob WHERE id = ?", unused)
+        return [raw_id.hex() for (raw_id,) in unused]
 
     # -- what the link reads (committed, because it reads between transactions) -----------------------------
 
@@ -1227,6 +1288,7 @@ def _envelope(row: int, sender: str, message: Message) -> Envelope:
         body=message.body,
         headers=message.headers,
         reply_to=message.reply_to,
+        blobs=message.blobs,
     )
 
 

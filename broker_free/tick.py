@@ -41,7 +41,7 @@ from broker_free.errors import (
     TransactionMisused,
     UnknownPeer,
 )
-from broker_free.frames import ALARM, INTEREST, PROBE, REGISTRY, Frame
+from broker_free.frames import ALARM, CHUNK, CHUNK_GET, INTEREST, PROBE, REGISTRY, Frame
 from broker_free.limits import Limits
 from broker_free.link import Ledger, Link, Queued
 from broker_free.message import Envelope, Message, check_message, new_id
@@ -214,13 +214,18 @@ class Tx:
         headers: Mapping[str, str] | None = None,
         ttl_ms: int | None = None,
         message_id: str | None = None,
+        blobs: Sequence[str] = (),
     ) -> str:
         """Queue a message in this transaction and return its id. It leaves only after the commit.
 
         `to` names node ids; without it, whoever is interested in the subject.
         """
         message = Message(
-            id=message_id or new_id(self.now_ms), subject=subject, body=body, headers=headers or {}
+            id=message_id or new_id(self.now_ms),
+            subject=subject,
+            body=body,
+            headers=headers or {},
+            blobs=tuple(blobs),
         )
         rows, arrivals = self._tick().queue(message, to, ttl_ms, may_repeat=message_id is not None)
         self.held_back += [peer for peer, _ in rows]
@@ -295,6 +300,7 @@ class Outcome:
     blocked: list[str] = field(default_factory=list)  # peers that began or ceased to take messages
     alarms: list[Alarm] = field(default_factory=list)
     probes: list[tuple[str, bytes]] = field(default_factory=list)  # (peer, message of `presence`)
+    chunks: list[tuple[str, Frame]] = field(default_factory=list)  # (peer, CHUNK_GET or CHUNK)
     error: StoreFailed | None = None  # why the transaction failed; the first five lists are empty then
 
 
@@ -366,6 +372,8 @@ class Tick:
             INTEREST: self._on_interest,
             PROBE: self._on_probe,
             ALARM: self._on_alarm,
+            CHUNK_GET: self._on_chunk,
+            CHUNK: self._on_chunk,
         }
         self._boot = boot
         self._sync = Sync(me=me, registry=registry, limits=limits, random=random, synced_ms=synced_ms)
@@ -520,6 +528,26 @@ class Tick:
             self._stirred.discard(peer)
             self._alarm_ms.pop(peer, None)
             self.interests.pop(peer, None)
+
+    def session(self, peer: str) -> int | None:
+        """Return the id of the open session with a peer."""
+        link = self.links.get(peer)
+        return link.session if link is not None else None
+
+    def speaks(self, peer: str, feature: str) -> bool:
+        """Say whether the open session with a peer has a feature (`frames.FEATURES`)."""
+        link = self.links.get(peer)
+        return link is not None and link.has(feature)
+
+    def tell(
+        self, peer: str, kind: int, *, seq: int, lane: int, meta: Mapping[str, Any], body: bytes = b""
+    ) -> None:
+        """Send a frame that is no mail over the open session, if there is one. Called after `run`."""
+        link = self.links.get(peer)
+        if link is not None:
+            was_stirred = peer in self._stirred
+            if self._do(peer, link.tell(kind, body, meta, seq=seq, lane=lane)) and not was_stirred:
+                self._stirred.discard(peer)  # the link is as it was: no tick has to follow
 
     def peer_of(self, conn: int) -> str:
         """Return the peer of a connection dialled here, or an empty string."""
@@ -1035,6 +1063,9 @@ class Tick:
 
     def _on_probe(self, peer: str, frame: Frame) -> None:
         self._outcome.probes.append((peer, frame.body))
+
+    def _on_chunk(self, peer: str, frame: Frame) -> None:
+        self._outcome.chunks.append((peer, frame))  # after the mail of this tick
 
     def _on_alarm(self, peer: str, frame: Frame) -> None:
         """A peer has noticed something that concerns this node."""
