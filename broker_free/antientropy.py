@@ -32,6 +32,7 @@ Frames are REGISTRY; `k` in the metadata names them. Numbers in bodies are big e
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ from typing import Any, Final, NamedTuple
 from broker_free.errors import InvalidInput
 from broker_free.limits import DAY_MS, Limits
 from broker_free.registry import LEAVES, Entry, Key, Registry, decode, encode, written_ms_of
+
+log = logging.getLogger("broker_free")
 
 _SUMS: Final = struct.Struct(f">{LEAVES}Q")
 _LINE: Final = struct.Struct(">QQQB")
@@ -58,6 +61,7 @@ _MARKS_MAX: Final = 256  # beyond so many peers changes are not forwarded, only 
 _MARK_CHARS: Final = 8
 _STALER_BY_MS: Final = DAY_MS  # times away that differ by less say nothing about who forgot more
 _NOTE_MS: Final = DAY_MS // 4  # how exactly the store knows when this node last compared
+_WARN_MS: Final = 60_000  # a wrong clock shows in every comparison
 _HOUSE_MS: Final = 3_600_000
 _WITH_AWAY: Final = ("root", "same", "leaves")
 _CLOCK_WRONG_MS: Final = 600_000  # a clock that is wrong after a boot is set within minutes
@@ -128,6 +132,7 @@ class Sync:
         self._rumors: list[_Rumor] = []
         self._fills: list[tuple[str, list[Entry]]] = []
         self._house_due_ms = 0
+        self._warn_after_ms = 0
         self._wrong_since_ms: int | None = None
 
     # -- sessions -------------------------------------------------------------------------------------------
@@ -205,7 +210,13 @@ class Sync:
 
     def _judge(self, peer: str, entries: list[Entry], utc_ms: int, into: Findings) -> list[Entry]:
         stale = peer if self._is_staler(peer, utc_ms) else None
-        return self._registry.judge(entries, now_ms=utc_ms, into=into.entries, stale=stale)
+        before = self._registry.refused["registry-future"]
+        accepted = self._registry.judge(entries, now_ms=utc_ms, into=into.entries, stale=stale)
+        if self._registry.refused["registry-future"] > before and utc_ms >= self._warn_after_ms:
+            self._warn_after_ms = utc_ms + _WARN_MS
+            skew_ms = self.skews_ms.get(peer)
+            log.warning("registry entry of the future refused", extra={"peer": peer, "skew_ms": skew_ms})
+        return accepted
 
     def _learned(self, peer: str, now_ms: int) -> None:
         """Tell the others, one a second: most have heard of it by then, and the root says so."""

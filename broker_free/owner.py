@@ -86,6 +86,9 @@ class PeerView:
         0,
         0,
     )  # messages and bytes that may be on the wire to it; (0, 0) without a session
+    skew_ms: int | None = (
+        None  # how far its clock was ahead of ours at its last greeting, to about a round trip
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -687,4 +690,5 @@ class Owner:
             endpoints=member.endpoints,
             is_blocked=link.is_blocked,
             credit=link.credit,
+            skew_ms=self._tick.skew_ms(member.node_id),
         )

@@ -481,6 +481,10 @@ class Tick:
         self.links[peer].want()
         self._stirred.add(peer)
 
+    def skew_ms(self, peer: str) -> int | None:
+        """Return how far a peer's clock was ahead of this node's at its last greeting, None if it did not say."""
+        return self._sync.skews_ms.get(peer)
+
     def ping(self, peer: str) -> None:
         link = self.links.get(peer)
         if link is not None:
