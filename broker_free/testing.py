@@ -160,6 +160,7 @@ class SimJournal:
         self._open: list[Attempt] = []
         self.fail: Literal["", "begin", "write", "commit"] = ""
         self.history: list[Attempt] = []
+        self.counts: Counter[str] = Counter()  # what happened, for the test to see
         self.undone: list[Attempt] = []  # of the transaction that was rolled back last
         self.before_commit: Callable[[], None] = _nothing
         self.after_commit: Callable[[], None] = _nothing
@@ -327,6 +328,7 @@ class SimJournal:
         first = self.known.get((sender, message.id))
         if first is not None:
             known = self.inbox[first]
+            self.counts["duplicate recognised"] += 1
             is_same = (known.lane, known.meta, known.body) == (lane, meta, body)
             return Accepted(row=first) if is_same else Accepted(refused=CONFLICT)
         row = self._number("inbox")
@@ -361,6 +363,7 @@ class SimJournal:
         rows = sorted(row for row, due_ms in self._due.items() if due_ms <= now_ms)[:limit]
         envelopes = []
         for row in rows:
+            self.counts["effect tried again"] += 1
             self._delete(self._due, row)
             kept = self.inbox[row]
             envelopes.append(_envelope(row, kept.sender, parse_metadata(kept.meta, kept.body, self._limits)))
@@ -489,6 +492,7 @@ class SimJournal:
         ]
         for number in late:
             self._settle_out(number, "expired", now_ms)
+            self.counts["message expired"] += 1
         return [self.outbox[number].queued.id for number in late]
 
     # -- what the link reads --------------------------------------------------------------------------------
@@ -533,6 +537,7 @@ class SimJournal:
     # -- the rest -------------------------------------------------------------------------------------------
 
     def registry_save(self, entries: Sequence[Entry]) -> None:
+        self.counts["registry written"] += len(entries)
         for entry in entries:
             self._set(self._registry, entry.at, entry)
 
@@ -584,10 +589,10 @@ class Timeline:
 
     def __init__(self, clock: FakeClock) -> None:
         self.clock = clock
-        self._calls: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []  # Any: the call's own
+        self._calls: list[tuple[int, int, Callable[..., object], tuple[Any, ...]]] = []  # Any: the call's own
         self._number = 0
 
-    def after(self, ms: int, fn: Callable[..., None], *args: Any) -> None:  # Any: passed through
+    def after(self, ms: int, fn: Callable[..., object], *args: Any) -> None:  # Any: passed through
         self._number += 1
         heapq.heappush(self._calls, (self.clock.now_ms + ms, self._number, fn, args))
 
@@ -620,12 +625,14 @@ class _Connection:
         "lives",
         "number",
         "pair",
+        "path",
         "ready_ms",
         "sent",
     )
 
-    def __init__(self, number: int, dialler: SimNode, listener: SimNode) -> None:
+    def __init__(self, number: int, dialler: SimNode, listener: SimNode, path: int) -> None:
         self.number = number
+        self.path = path  # which of the listener's two addresses was dialled
         self.ends = (dialler, listener)
         self.pair = frozenset((dialler.name, listener.name))
         self.lives = (dialler.life, listener.life)
@@ -645,6 +652,9 @@ class _Connection:
 class SimNetwork:
     """Connections between nodes: in order and whole as long as they last, which is not long.
 
+    Every node has two addresses, and either may be cut off without the other: then a node that finds the second way
+    gets what the first one still held afterwards.
+
     A connection that breaks loses a suffix of what is under way, and what is left may arrive much later, amidst the
     frames of newer connections, which is when it does most harm. Its ends notice at different times: the dialler is
     told; the listener finds out when it sends.
@@ -654,7 +664,7 @@ class SimNetwork:
         self._timeline = timeline
         self._random = random
         self._connections: dict[int, _Connection] = {}
-        self._parted: set[frozenset[str]] = set()
+        self._parted: dict[tuple[frozenset[str], int], None] = {}  # (pair, path); a dict keeps its order
         self._next = 1
         self.nodes: dict[str, SimNode] = {}
         self.dial_failure = 0.0  # probability
@@ -663,6 +673,7 @@ class SimNetwork:
         self.stale = 0.0  # probability that a connection's frames reach even a side that has closed it
         self.latency_ms = 20
         self.through_bytes = False  # encode and decode every frame, as real sockets do
+        self.counts: Counter[str] = Counter()  # what went wrong, and how often
         self.observe: Callable[[SimNode, SimNode, Frame], None] | None = None
         self.trace: Callable[[str], None] | None = None
 
@@ -671,13 +682,13 @@ class SimNetwork:
     def dial(self, node: SimNode, peer: str) -> int:
         number, self._next = self._next, self._next + 1
         listener, draw = self.nodes[peer], self._random.random
-        conn = number * 2
-        if self.is_parted(node.name, peer):
+        conn, path = number * 2, int(draw() * 2)
+        if self._parted and (frozenset((node.name, peer)), path) in self._parted:
             self._timeline.after(3_000, node.receive, (_CLOSED, "timeout", conn), node.life)
         elif not listener.is_up or draw() < self.dial_failure:
             self._timeline.after(1 + int(draw() * 30), node.receive, (_CLOSED, "refused", conn), node.life)
         else:
-            connection = self._connections[number] = _Connection(number, node, listener)
+            connection = self._connections[number] = _Connection(number, node, listener, path)
             connection.haunts = draw() < self.stale
             self._timeline.after(self._delay_ms(), node.receive, (_CONNECTED, "", conn), node.life)
         return conn
@@ -692,6 +703,7 @@ class SimNetwork:
         if self.trace is not None:
             self.trace(f"{sender.name} → {receiver.name}  {_told(connection, frame)}")
         if connection.is_lossy and draw() < 0.3:
+            self.counts["frame dropped"] += 1
             return True
         if connection.is_up:
             if self.through_bytes:
@@ -738,19 +750,22 @@ class SimNetwork:
             connection.is_lossy = True
             self._timeline.after(for_ms, self._break, connection, 100)
 
-    def part(self, one: str, other: str) -> None:
-        """Let nothing pass between two nodes. What is under way waits, as in TCP's buffers."""
-        self._parted.add(frozenset((one, other)))
+    def part(self, one: str, other: str, paths: Sequence[int] = (0, 1)) -> None:
+        """Let nothing pass between two nodes, or not by one way. What is under way waits, as in TCP's buffers."""
+        self._parted |= {(frozenset((one, other)), path): None for path in paths}
 
     def join(self, one: str, other: str) -> None:
-        self._parted.discard(frozenset((one, other)))
+        pair = frozenset((one, other))
+        for path in (0, 1):
+            self._parted.pop((pair, path), None)
         for connection in list(self._connections.values()):
-            if connection.pair == {one, other}:
+            if connection.pair == pair:
                 while connection.held:
                     self._hand_over(connection, *connection.held.popleft())
 
     def is_parted(self, one: str, other: str) -> bool:
-        return bool(self._parted) and frozenset((one, other)) in self._parted
+        pair = frozenset((one, other))
+        return (pair, 0) in self._parted and (pair, 1) in self._parted
 
     def heal(self) -> None:
         """End all that is wrong, except that a lost frame stays lost and a broken connection broken."""
@@ -759,7 +774,7 @@ class SimNetwork:
         for connection in self._connections.values():
             if connection.is_lossy and connection.is_up:
                 self._break(connection, 100)
-        for pair in list(self._parted):
+        for pair, _ in list(self._parted):
             self.join(*pair)
 
     def ended(self, node: SimNode, *, notice_ms: int) -> None:
@@ -808,11 +823,12 @@ class SimNetwork:
 
     def _arrive(self, connection: _Connection, side: int, number: int, frame: Frame) -> None:
         if number > connection.cutoff[side]:
+            self.counts["frame dropped"] += 1
             return
         connection.arrived[side] = number
         if connection.is_late[side]:
             self._late.setdefault(connection.pair, []).append((connection, side, frame))
-        elif connection.held or (self._parted and connection.pair in self._parted):
+        elif connection.held or (self._parted and (connection.pair, connection.path) in self._parted):
             connection.held.append((side, frame))
         else:
             self._hand_over(connection, side, frame)
@@ -826,10 +842,17 @@ class SimNetwork:
         there = 1 - side
         if connection.closed[there] and not connection.haunts:
             return
+        sender, receiver = connection.ends[side], connection.ends[there]
         conn = connection.number * 2 + there
-        connection.ends[there].receive(
-            (_FRAME, connection.ends[side].name, conn, frame), connection.lives[there]
-        )
+        tick = receiver.tick
+        if tick is not None and frame.kind != frames.HELLO:
+            current = tick.links[sender.name].conn
+            if current is not None and current != conn:
+                self.counts["frame of an old connection"] += 1
+                newer = self._connections.get(current >> 1)
+                if newer is not None and newer.path != connection.path:
+                    self.counts["frame by the second path"] += 1
+        receiver.receive((_FRAME, sender.name, conn, frame), connection.lives[there])
 
 
 def _told(connection: _Connection, frame: Frame) -> str:
@@ -907,6 +930,11 @@ class SimNode:
         return self.tick is not None
 
     @property
+    def is_busy(self) -> bool:
+        """Something is waiting for the next tick, or sent and not acked: what a crash leaves in doubt."""
+        return not self.is_idle or bool(self.tick and any(one.in_flight for one in self.tick.links.values()))
+
+    @property
     def is_idle(self) -> bool:
         return not self._events and not self._work
 
@@ -967,11 +995,19 @@ class SimNode:
     def restore(self, image: Image | None) -> None:
         """Put an older store, or an empty one, under a node that is down."""
         assert self.tick is None, "a store is exchanged while its node is down"
+        counts, journal = self._network.counts, self.journal
+        counts["sender's store went back"] += bool(journal.outbox) and (
+            not image or image.outbox != journal.outbox
+        )
+        counts["recipient's store went back"] += bool(journal.inbox) and (
+            not image or image.inbox != journal.inbox
+        )
         self.has_gone_back = True
         self.journal.restore(image)
 
     def reach(self, point: Point) -> None:
         if self.doom == point and (point != "send" or self._random.random() < 0.3):
+            self._network.counts[f"crash at {point}"] += 1
             raise Crashed
 
     # -- ticks ------------------------------------------------------------------------------------------------
@@ -1064,8 +1100,9 @@ class Oracle:
     and then restores a newer one, gives that node two pasts, between which there is no order.
     """
 
-    def __init__(self, nodes: Mapping[str, SimNode]) -> None:
+    def __init__(self, nodes: Mapping[str, SimNode], counts: Counter[str]) -> None:
         self._nodes = nodes
+        self.counts = counts
         self._data: dict[tuple[int, str], deque[tuple[int, str]]] = defaultdict(
             deque
         )  # (session, sender) -> sent
@@ -1089,6 +1126,9 @@ class Oracle:
                     raise Violation(
                         "I4", f"{sender.name} acked {message_id} (seq {seq}) of {receiver.name} without a row"
                     )
+        elif frame.kind == frames.BYE:
+            if frame.meta.get("reason") == "duplicate":
+                self.counts["both dialled at once"] += 1
         elif "have" in frame.meta:
             for _, row in frame.meta["have"]:
                 kept = sender.journal.inbox.get(row)
@@ -1217,9 +1257,13 @@ class Faults:
     silence: float = 0.02  # a connection dies without a sign
     corrupt: float = 0.04  # a connection loses frames from its middle before it breaks
     part: float = 0.04  # two nodes cannot reach each other for a while
+    detour: float = 0.02  # one of the two ways between two nodes is cut off for a while; the other one works
     commit: float = 0.08  # a transaction fails at its beginning, at a statement or at its end
+    doubt: float = 0.04  # a commit fails when its message has left; the caller repeats it behind a newer one
     clock: float = 0.02  # UTC jumps by up to six hours
     rollback: float = 0.0  # a node's store is replaced by an older one, or by an empty one, while it is down
+    backup: float = 0.0  # a store, or as often all of them, are backed up, for a rollback to go back to
+    disaster: float = 0.0  # probability that, soon after such a node is back, a peer's store is replaced too
     effect_failure: float = 0.1  # probability that the built-in effect raises
     dial_failure: float = 0.1  # probability
     stale: float = 0.5  # probability that a connection's frames reach even a side that has closed it
@@ -1233,7 +1277,9 @@ _CALM: Final = Faults(
     silence=0,
     corrupt=0,
     part=0,
+    detour=0,
     commit=0,
+    doubt=0,
     clock=0,
     effect_failure=0,
     dial_failure=0,
@@ -1264,6 +1310,7 @@ class Cluster:
         self._timeline = Timeline(self.clock)
         self._network = SimNetwork(self._timeline, self.random)
         self._trace = trace
+        self.healed_ms = 0  # how long the last `heal` took
         self._next_id = 0
         self._unsure: list[
             tuple[SimNode, Publish]
@@ -1284,9 +1331,12 @@ class Cluster:
             node.finished, node.lost = self._finished, self._lost
             self.nodes[name] = node
         self._all = list(self.nodes.values())
-        self.oracle = Oracle(self.nodes)
+        self.oracle = Oracle(self.nodes, self._network.counts)
         self._network.nodes = self.nodes
         self._network.observe = self.oracle.saw
+        self.counts = self._network.counts
+        for node in self.nodes.values():
+            node.journal.counts = self.counts
         self._network.stale = faults.stale
         self._network.latency_ms = (5, 30, 200)[self._below(3)]
         self._network.through_bytes = self.random.random() < 0.1  # the codec has tests of its own
@@ -1338,6 +1388,7 @@ class Cluster:
     def crash(self, node: str, *, restart_ms: int | None = None, notice_ms: int = 100) -> None:
         """Kill a node; start it again after `restart_ms`, if given. Its peers notice within `notice_ms`."""
         self._say(f"{node} crashes")
+        self.counts["crash with work waiting" if self.nodes[node].is_busy else "crash at rest"] += 1
         self.nodes[node].crash(notice_ms=notice_ms)
         if restart_ms is not None:
             self._timeline.after(restart_ms, self.start, node)
@@ -1357,17 +1408,23 @@ class Cluster:
         """Let two nodes not reach each other for a while."""
         self._say(f"{one} and {other} are parted")
         self._network.part(one, other)
+        self.counts["parted"] += 1
         self._timeline.after(for_ms, self._network.join, one, other)
 
-    def chaos(self, *, ms: int, operations: int) -> None:
-        """Run for `ms` with so many random operations, and faults between them as `faults` says."""
+    def chaos(self, *, ms: int, operations: int, in_bursts: bool = True) -> None:
+        """Run for `ms` with so many random operations, and faults between them as `faults` says.
+
+        In bursts, what goes wrong together, while the links are still busy, goes wrong worse. Evenly spread over a
+        long time, each thing is over before the next one: what a store remembers of it goes wrong.
+        """
         self._prepare_chaos()
         total = operations + int(operations * sum(chance for chance, _ in self._chances))
-        # In bursts: what goes wrong together, while the links are still busy, goes wrong worse.
-        bursts = [self._below(ms) for _ in range(1 + total // 8)]
+        bursts = [self._below(ms) for _ in range(1 + total // 8)] if in_bursts else []
         for _ in range(total):
-            burst_ms = bursts[self._below(len(bursts))]
-            self._timeline.after(burst_ms + int(self.random.random() ** 2 * 300), self._happen)
+            at_ms = self._below(ms)
+            if bursts:
+                at_ms = bursts[self._below(len(bursts))] + int(self.random.random() ** 2 * 300)
+            self._timeline.after(at_ms, self._happen)
         self.run(ms)
 
     def heal(self, *, within_ms: int = DRAIN_MS_MAX) -> int:
@@ -1383,7 +1440,8 @@ class Cluster:
         began_ms = self.clock.now_ms
         while not self.is_settled and self.clock.now_ms - began_ms < within_ms:
             self.run(50)
-        return self.clock.now_ms - began_ms
+        self.healed_ms = self.clock.now_ms - began_ms
+        return self.healed_ms
 
     def check(self) -> None:
         """Raise Violation unless every invariant holds. Call it after `heal`."""
@@ -1460,11 +1518,14 @@ class Cluster:
                     self._unsure.append((node, work))
         for message_id, peer in outcome.delivered:
             self.oracle.delivered(node, message_id, peer)
+        self.counts["regression found"] += len(outcome.regressed)
+        self.counts["session lost"] += len(outcome.lost)
         for work, error in outcome.failures:
             if isinstance(error, Conflict) and self._is_conflict(work):
                 continue  # the caller's own mistake, told to the caller
             if not isinstance(error, (StoreFailed, _Refused)):
                 raise error
+            self.counts[f"{type(error).__name__.strip('_')} raised"] += 1
             if isinstance(work, Publish):
                 if not isinstance(error, OutcomeUnknown):
                     self.oracle.refused(node, work.message.id)
@@ -1516,18 +1577,24 @@ class Cluster:
             (faults.silence, self._silence_one),
             (faults.corrupt, self._corrupt_one),
             (faults.part, self._part_two),
+            (faults.detour, self._detour_two),
             (faults.commit, self._fail_one),
+            (faults.doubt, self._doubt_one),
             (faults.clock, self._jump_one),
-            (faults.rollback, self._keep_image),
+            (faults.backup, self._keep_image),
             (faults.rollback, self._go_back_one),
         )
         # Each schedule leaves some kinds out and has more of others: what hides one bug shows another.
         self._chances = [(chance * 2 * draw(), fn) for chance, fn in kinds if chance and draw() < 0.8]
         if not any(pattern == "relay.>" for node in self.nodes.values() for pattern, _ in node.effects):
             for node in self.nodes.values():
-                node.effects += [("relay.>", self._relay_at(node)), ("news.>", _read)]
+                node.effects += [
+                    ("relay.>", self._relay_at(node)),
+                    ("route.>", self._pass_on_at(node)),
+                    ("news.>", _read),
+                ]
                 if node.tick is not None:
-                    for pattern, fn in node.effects[-2:]:
+                    for pattern, fn in node.effects[-3:]:
                         node.tick.add_effect(pattern, fn)
 
     def _happen(self) -> None:
@@ -1569,8 +1636,12 @@ class Cluster:
                 self.publish(node.name, "mail.x", b"one of many", to=to)
         elif point < 0.50:
             self.publish(node.name, "news.x", b"to whoever listens", to=None)
-        elif point < 0.60:
+        elif point < 0.58:
             self.publish(node.name, "relay.x", self._some(node)[0].encode(), to=self._some(node))
+        elif point < 0.60:
+            # To all of the route at once: what a node passes on reaches the next one a second time.
+            route = [*self.random.sample(node.members, len(node.members)), node.name]
+            self.publish(node.name, "route.x", " ".join(route).encode(), to=node.members)
         elif point < 0.75:
             self._transact(node)
         elif point < 0.90 and self._unsure:
@@ -1631,9 +1702,21 @@ class Cluster:
             self.oracle.traces[message_id] = f"{node.name} {envelope.sender} {envelope.id}"
             tx.publish("mail.relayed", b"", to=[envelope.body.decode()], message_id=message_id)
             if self.random.random() < self.faults.effect_failure:
+                self.counts["effect failed"] += 1
                 raise _Refused("an effect that fails now and then")
 
         return relay
+
+    def _pass_on_at(self, node: SimNode) -> Effect:
+        def pass_on(tx: Tx, envelope: Envelope) -> None:
+            """Send what arrives to the next node of its route, under the same id and with the same content."""
+            route = envelope.body.decode().split()
+            place = route.index(node.name)
+            if place + 1 < len(route):
+                self.counts["passed on under the same id"] += 1
+                tx.publish(envelope.subject, envelope.body, to=[route[place + 1]], message_id=envelope.id)
+
+        return pass_on
 
     def _pause_ms(self) -> int:
         return 20 + int(self.random.random() ** 2 * 1_500)
@@ -1672,10 +1755,19 @@ class Cluster:
         self._network.corrupt(for_ms=100 + self._below(1_000))
 
     def _part_two(self) -> None:
-        names = list(self.nodes)
-        one = self._below(len(names))
-        other = (one + 1 + self._below(len(names) - 1)) % len(names)
-        self.part(names[one], names[other], for_ms=200 + self._below(3_000))
+        self.part(*self._two(), for_ms=200 + self._below(3_000))
+
+    def _detour_two(self) -> None:
+        one, other = self._two()
+        path = self._below(2)
+        self._say(f"way {path} between {one} and {other} is cut off")
+        self.counts["one path cut off"] += 1
+        self._network.part(one, other, paths=(path,))
+        self._timeline.after(2_000 + self._below(25_000), self._network.join, one, other)
+
+    def _two(self) -> tuple[str, str]:
+        one = self._busy()[0]
+        return one.name, one.members[self._below(len(one.members))]
 
     def _fail_one(self) -> None:
         node = self._any_up()
@@ -1683,24 +1775,63 @@ class Cluster:
             node.journal.fail = ("begin", "write", "commit", "commit")[self._below(4)]
             self._publish_on(node)
 
+    def _doubt_one(self) -> None:
+        node = self._any_up()
+        if node is None:
+            return
+        to, newer_ms = self._some(node), self._pause_ms()
+        node.journal.fail = "commit"
+        message_id = self.publish(node.name, "mail.x", b"in doubt", to=to)
+
+        def publish(message_id: str, body: bytes) -> None:
+            if node.is_up:
+                self.publish(node.name, "mail.x", body, to=to, message_id=message_id)
+
+        self._timeline.after(newer_ms, publish, self.new_id(), b"newer")
+        self._timeline.after(newer_ms + self._pause_ms(), publish, message_id, b"in doubt")
+
     def _jump_one(self) -> None:
         node = self._any_up()
         if node is not None:
-            node.utc_skew_ms = self._below(12 * _HOUR_MS) - 6 * _HOUR_MS
+            skew_ms = self._below(12 * _HOUR_MS) - 6 * _HOUR_MS
+            self.counts[f"clock jumped {'back' if skew_ms < node.utc_skew_ms else 'forward'}"] += 1
+            node.utc_skew_ms = skew_ms
             self.transact(node.name, self._expire, node)
 
     def _keep_image(self) -> None:
+        """Back up one store or, as often, those of a whole site at the same moment."""
         node = self._any_up()
         if node is not None:
-            node.images.append(node.journal.snapshot())
+            for one in (node,) if self.random.random() < 0.5 else self._all:
+                if one.is_up:
+                    one.images.append(one.journal.snapshot())
 
     def _go_back_one(self) -> None:
         node = self._any_up()
-        if node is not None:
+        if node is None:
+            return
+        if self.random.random() >= self.faults.disaster:
+            if self.random.random() < 0.5:  # what it acks just before is not written down at the sender yet
+                peer = self.nodes[node.members[self._below(len(node.members))]]
+                if peer.is_up:
+                    self.publish(peer.name, "mail.x", b"just before", to=[node.name])
+            self._timeline.after(self._below(150), self._restore, node)
+            return
+        # One loses its disk, and while that is made good, a peer is put back to its backup.
+        node.images.clear()
+        restart_ms = self._restore(node)
+        peer = self.nodes[node.members[self._below(len(node.members))]]
+        self._timeline.after(restart_ms + self._below(500), self._restore, peer)
+
+    def _restore(self, node: SimNode) -> int:
+        """Put an earlier store under a node, mostly the newest backup. Returns in how many ms it starts again."""
+        if self.random.random() < 0.4:
             kept = self._below(len(node.images) + 1)
-            del node.images[kept:]
-            self.go_back(node.name, node.images[-1] if node.images else None)
-            self._timeline.after(self._pause_ms(), self.start, node.name)
+            del node.images[kept:]  # stores that go back belong to one history
+        self.go_back(node.name, node.images[-1] if node.images else None)
+        restart_ms = self._pause_ms() if self.random.random() < 0.7 else self._below(40)
+        self._timeline.after(restart_ms, self.start, node.name)
+        return restart_ms
 
 
 class _Refused(Exception):

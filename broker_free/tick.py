@@ -303,6 +303,15 @@ class Outcome:
     chunks: list[tuple[str, Frame]] = field(default_factory=list)  # (peer, CHUNK_GET or CHUNK)
     error: StoreFailed | None = None  # why the transaction failed; the first five lists are empty then
 
+    def extend(self, later: Outcome) -> None:
+        """Append what a later part of the same tick has to tell, except an error."""
+        for name in _OUTCOMES:
+            if told := getattr(later, name):
+                getattr(self, name).extend(told)
+
+
+_OUTCOMES = tuple(name for name in Outcome.__slots__ if name != "error")
+
 
 @dataclass(slots=True)
 class _Arrival:
@@ -592,7 +601,9 @@ class Tick:
         if self._holds:
             self._release_due()
         for peer in self._to_visit():
-            self._do(peer, self.links[peer].on_tick(self._now_ms))
+            actions = self.links[peer].on_tick(self._now_ms)
+            if actions:
+                self._do(peer, actions)
         self._sync.keep_house(now_ms=self._now_ms, utc_ms=self._utc_ms, into=self._inputs.registry)
         if work or self._inputs or self._marks_are_due() or self._journal.has_due(self._steady_ms):
             self._transaction(work)
@@ -625,13 +636,14 @@ class Tick:
     def _follow_up(self) -> None:
         visited = self._to_visit()
         for peer in visited:
-            self._do(peer, self.links[peer].pump())
+            actions = self.links[peer].pump()
+            if actions:
+                self._do(peer, actions)
         for peer in visited:
             link = self.links[peer]
             if link.wants_dial(self._now_ms):
                 self._dial(peer, link)
-        for peer in visited:
-            self._set_alarm(peer, self.links[peer].next_wake_ms(self._now_ms))
+            self._set_alarm(peer, link.next_wake_ms(self._now_ms))
         self._stirred.clear()
 
     def _to_visit(self) -> list[str]:
@@ -681,7 +693,8 @@ class Tick:
     def _transaction(self, work: Sequence[Work]) -> None:
         inputs, self._inputs = self._inputs, _Inputs()
         outcome = Outcome()
-        offered: set[str] = set()
+        # Peers, in the order of the work. No set: its order is another in each process, and a seed must replay.
+        offered: dict[str, None] = {}
         sent_early = is_committing = False
         try:
             self._journal.begin()
@@ -709,7 +722,7 @@ class Tick:
         self._acknowledge(inputs)
         outcome.entries = self._spread(outcome.entries, inputs)
         outcome.regressed += inputs.regressed
-        self._outcome = _joined(self._outcome, outcome)
+        self._outcome.extend(outcome)
 
     def _rolled_back(self) -> StoreFailed | None:
         """Undo the transaction; return why that failed, if it did."""
@@ -764,7 +777,7 @@ class Tick:
         for peer, (message_id, row) in self._marks_last.items():
             self._journal.note_acked(peer, message_id, row)
 
-    def _perform(self, work: Work, outcome: Outcome, offered: set[str]) -> None:
+    def _perform(self, work: Work, outcome: Outcome, offered: dict[str, None]) -> None:
         try:
             if isinstance(work, Publish):
                 outcome.results.append((work, self._publish(work, outcome, offered)))
@@ -781,7 +794,7 @@ class Tick:
         except Exception as error:  # noqa: BLE001  the caller's function may raise anything; its savepoint is undone
             outcome.failures.append((work, error))
 
-    def _publish(self, work: Publish, outcome: Outcome, offered: set[str]) -> list[str]:
+    def _publish(self, work: Publish, outcome: Outcome, offered: dict[str, None]) -> list[str]:
         """Queue a plain publish and offer it to the links at once. Returns the peers it was queued for."""
         meta = work.meta or check_message(work.message, self._limits)
         rows, arrivals = self._queue(
@@ -796,7 +809,7 @@ class Tick:
             if work.ttl_ms:
                 queued.expires_ms, queued.is_timed = self._steady_ms + work.ttl_ms, True
             if link.offer(queued):
-                offered.add(peer)
+                offered[peer] = None
         self._apply_effects(arrivals, outcome)
         return [peer for peer, _ in rows]
 
@@ -1133,10 +1146,3 @@ def _patterns_of(body: bytes, limits: Limits) -> tuple[str, ...]:
             raise InvalidInput("an interest that is not text")
         check_pattern(pattern)
     return tuple(patterns)
-
-
-def _joined(earlier: Outcome, later: Outcome) -> Outcome:
-    for name in Outcome.__slots__:
-        if name != "error":
-            getattr(earlier, name).extend(getattr(later, name))
-    return earlier

@@ -13,12 +13,14 @@ was broken; the seed and the invariant are printed, and `--seed` replays it (wit
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from random import Random
 from typing import Any
 
@@ -31,13 +33,86 @@ from broker_free.testing import SMALL, Cluster, Faults, SimJournal, Violation
 from broker_free.tick import Accepted, Tick
 
 # Bounds of every kind: a resync that lists one id or all, credit that is always or never used up, packs of one.
+ONE_BY_ONE = replace(SMALL, credit_messages=1, pack_messages_max=1)
 LIMITS = (
     SMALL,
     replace(SMALL, in_doubt_max=256),
     replace(SMALL, in_doubt_max=1, credit_messages=2, pack_messages_max=1),
+    ONE_BY_ONE,
     Limits(),
 )
-ROLLBACK = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """A kind of schedule. What hides one bug shows another, so a seed also draws which kind it is."""
+
+    name: str
+    weight: int
+    weight_rollback: int  # with stores that go back in time
+    nodes: tuple[int, ...]
+    ms: tuple[int, int]
+    operations: tuple[int, int]
+    faults: Faults = field(default_factory=Faults)
+    limits: tuple[Limits, ...] = LIMITS
+    in_bursts: bool = True
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            name="bursts",
+            weight=80,
+            weight_rollback=60,
+            nodes=(2, 2, 3),
+            ms=(200, 2_000),
+            operations=(4, 16),
+        ),
+        Profile(
+            name="mesh",
+            weight=10,
+            weight_rollback=10,
+            nodes=(5, 5, 5, 6, 7),
+            ms=(500, 3_000),
+            operations=(10, 25),
+        ),
+        Profile(
+            name="paths",
+            weight=10,
+            weight_rollback=10,
+            nodes=(2, 3),
+            ms=(5_000, 20_000),
+            operations=(8, 16),
+            faults=Faults(detour=0.3, silence=0.1, cut=0.05, crash=0.05, ambush=0.05, part=0.0),
+            in_bursts=False,
+        ),
+        Profile(
+            name="restores",
+            weight=0,
+            weight_rollback=20,
+            nodes=(2,),
+            ms=(8_000, 20_000),
+            operations=(2, 3),
+            limits=(ONE_BY_ONE,),
+            faults=Faults(
+                crash=0.0,
+                stop=0.0,
+                silence=0.0,
+                corrupt=0.0,
+                part=0.0,
+                detour=0.0,
+                commit=0.0,
+                clock=0.0,
+                doubt=2.0,
+                backup=2.0,
+                rollback=0.5,
+                disaster=0.5,
+            ),
+            in_bursts=False,
+        ),
+    )
+}
 
 
 def run_seed(
@@ -45,23 +120,33 @@ def run_seed(
     *,
     rollback: bool = False,
     bug: Bug | None = None,
+    profile: Profile | None = None,
     trace: Callable[[str], None] | None = None,
-) -> int:
-    """Run one schedule and check it; return the simulated milliseconds that it took to heal."""
+) -> Cluster:
+    """Run one schedule and check it. Without a profile the seed draws one."""
     shape = Random(seed)
+    kinds = list(PROFILES.values())
+    weights = [kind.weight_rollback if rollback else kind.weight for kind in kinds]
+    drawn = shape.choices(kinds, weights)[0]
+    kind = profile or drawn
+    faults = kind.faults
+    if rollback and not faults.rollback:
+        faults = replace(faults, rollback=0.2, backup=0.2, disaster=0.2)
     cluster = Cluster(
         seed,
-        nodes=shape.choices((2, 3, 5), (50, 40, 10))[0],
-        limits=shape.choice(LIMITS),
-        faults=Faults(rollback=ROLLBACK if rollback else 0.0),
+        nodes=shape.choice(kind.nodes),
+        limits=shape.choice(kind.limits),
+        faults=faults,
         tick=bug.tick if bug else Tick,
         journal=bug.journal if bug else SimJournal,
         trace=trace,
     )
-    cluster.chaos(ms=shape.randint(200, 2_000), operations=shape.randint(4, 16))
-    healed_ms = cluster.heal()
+    cluster.chaos(
+        ms=shape.randint(*kind.ms), operations=shape.randint(*kind.operations), in_bursts=kind.in_bursts
+    )
+    cluster.heal()
     cluster.check()
-    return healed_ms
+    return cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +155,54 @@ class Found:
     what: str
 
 
-def search(start: int, seeds: int, *, rollback: bool = False, bug: Bug | None = None) -> Found | None:
-    """Return the first seed that breaks a promise, or an assertion of the code itself."""
+def search(
+    start: int,
+    seeds: int,
+    *,
+    rollback: bool = False,
+    bug: Bug | None = None,
+    profile: Profile | None = None,
+    processes: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> Found | None:
+    """Return the first seed that breaks a promise, or an assertion of the code itself.
+
+    With several processes it is the same one: slices of the seeds are looked at in order. `progress` hears how many
+    are done.
+    """
+    slices = [
+        (first, min(_SLICE, start + seeds - first), rollback, bug and bug.name, profile and profile.name)
+        for first in range(start, start + seeds, _SLICE)
+    ]
+    done = 0
+    with contextlib.ExitStack() as stack:
+        found: Iterable[Found | None] = map(_search_slice, slices)
+        if processes > 1:
+            pool = stack.enter_context(get_context("spawn").Pool(processes))
+            found = pool.imap(_search_slice, slices)  # leaving the pool ends its processes
+        for one, (_, number, *_) in zip(found, slices, strict=True):
+            if one is not None:
+                return one
+            done += number
+            if progress is not None:
+                progress(done)
+    return None
+
+
+_SLICE = 100
+_Slice = tuple[
+    int, int, bool, str | None, str | None
+]  # first seed, number, rollback, names of bug and profile
+
+
+def _search_slice(asked: _Slice) -> Found | None:
+    start, seeds, rollback, bug_name, profile_name = asked
+    bug = BUGS[bug_name] if bug_name else None
+    profile = PROFILES[profile_name] if profile_name else None
     with quiet():
         for seed in range(start, start + seeds):
             try:
-                run_seed(seed, rollback=rollback, bug=bug)
+                run_seed(seed, rollback=rollback, bug=bug, profile=profile)
             except Violation as violation:
                 return Found(seed, str(violation))
             except AssertionError as error:
@@ -223,23 +350,34 @@ class Bug:
     needs_rollback: bool = False
     tick: type[Tick] = Tick
     journal: type[SimJournal] = SimJournal
+    profile: Profile | None = None  # where it shows most
 
 
 BUGS = {
     bug.name: bug
     for bug in (
         Bug(name="no-dedup", journal=_NoDedup),
-        Bug(name="stale-ack", tick=_StaleAck),
+        Bug(name="stale-ack", tick=_StaleAck, profile=PROFILES["paths"]),
         Bug(name="no-gap-check", tick=_NoGapCheck),
         Bug(name="prefix-resync", journal=_PrefixResync),
         Bug(name="ack-before-commit", tick=_AckBeforeCommit),
-        Bug(name="two-sessions", tick=_TwoSessions),
+        Bug(name="two-sessions", tick=_TwoSessions, profile=PROFILES["paths"]),
         Bug(name="early-from-inside", tick=_EarlyFromInside),
         Bug(name="new-before-backlog", tick=_NewBeforeBacklog),
         Bug(name="no-regression-check", journal=_NoRegressionCheck, needs_rollback=True),
-        Bug(name="id-without-row", journal=_IdWithoutRow, needs_rollback=True),
-        Bug(name="marks-outlive-session", tick=_MarksOutliveSession, needs_rollback=True),
-        Bug(name="last-ack-not-highest", journal=_LastAckNotHighest, needs_rollback=True),
+        Bug(name="id-without-row", journal=_IdWithoutRow, needs_rollback=True, profile=PROFILES["restores"]),
+        Bug(
+            name="marks-outlive-session",
+            tick=_MarksOutliveSession,
+            needs_rollback=True,
+            profile=PROFILES["restores"],
+        ),
+        Bug(
+            name="last-ack-not-highest",
+            journal=_LastAckNotHighest,
+            needs_rollback=True,
+            profile=PROFILES["restores"],
+        ),
     )
 }
 
@@ -252,32 +390,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--start", type=int, default=0, help="the first seed (default %(default)s)")
     parser.add_argument("--rollback", action="store_true", help="let stores go back in time")
     parser.add_argument("--seed", type=int, help="run this one, telling all that happens")
+    parser.add_argument("--profile", choices=PROFILES, help="only this kind of schedule")
     parser.add_argument("--bug", choices=BUGS, help="leave a rule of the protocol out")
+    parser.add_argument("--processes", type=int, default=1, help="how many at once (default %(default)s)")
     asked = parser.parse_args(arguments)
     bug = BUGS[asked.bug] if asked.bug else None
+    profile = PROFILES[asked.profile] if asked.profile else (bug and bug.profile)
     rollback = asked.rollback or (bug is not None and bug.needs_rollback)
     if asked.seed is not None:
-        return _replay(asked.seed, rollback=rollback, bug=bug)
+        return _replay(asked.seed, rollback=rollback, bug=bug, profile=profile)
     began = time.perf_counter()
-    found = search(asked.start, asked.seeds, rollback=rollback, bug=bug)
+
+    def progress(done: int) -> None:
+        rate = done / (time.perf_counter() - began)
+        print(f"\r{done} of {asked.seeds}, {rate:.0f} a second ", end="", file=sys.stderr, flush=True)
+
+    is_watched = sys.stderr.isatty()
+    found = search(
+        asked.start,
+        asked.seeds,
+        rollback=rollback,
+        bug=bug,
+        profile=profile,
+        processes=asked.processes,
+        progress=progress if is_watched else None,
+    )
+    if is_watched:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     done = found.seed - asked.start + 1 if found else asked.seeds
     taken = time.perf_counter() - began
     print(f"{done} schedules in {taken:.1f} s, {done / taken:.0f} a second")
     if found is None:
         return 0
-    options = f"{' --rollback' if asked.rollback else ''}{f' --bug {asked.bug}' if asked.bug else ''}"
-    print(f"seed {found.seed}: {found.what}\nreplay: python -m tests.simulate --seed {found.seed}{options}")
+    options = [
+        f"--seed {found.seed}",
+        "--rollback" if asked.rollback else "",
+        f"--profile {asked.profile}" if asked.profile else "",
+        f"--bug {asked.bug}" if asked.bug else "",
+    ]
+    print(f"seed {found.seed}: {found.what}")
+    print(f"replay: python -m tests.simulate {' '.join(filter(None, options))}")
     return 1
 
 
-def _replay(seed: int, *, rollback: bool, bug: Bug | None) -> int:
+def _replay(seed: int, *, rollback: bool, bug: Bug | None, profile: Profile | None) -> int:
     with quiet():
         try:
-            healed_ms = run_seed(seed, rollback=rollback, bug=bug, trace=print)
+            cluster = run_seed(seed, rollback=rollback, bug=bug, profile=profile, trace=print)
         except AssertionError as error:
             print(error)
             return 1
-    print(f"every promise held; healed after {healed_ms} ms")
+    print(
+        "what happened:",
+        ", ".join(f"{what} {count}" for what, count in cluster.counts.most_common() if count),
+    )
+    print(f"every promise held; healed after {cluster.healed_ms} ms")
     return 0
 
 
