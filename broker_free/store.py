@@ -188,6 +188,7 @@ class _Count:
 
     messages: int = 0
     size: int = 0
+    settled: int = -1  # what `Store._settlements` was when they were counted
 
 
 class Store:
@@ -214,6 +215,7 @@ class Store:
         self._peer_names: dict[int, str] = {}
         self._consumers: list[tuple[int, str]] = []
         self._counts: dict[int, _Count] = {}
+        self._settlements = 0  # grows when outbox rows may have left the queue
         self._settled: list[int] = []
         self._new_messages: list[tuple[object, ...]] = []  # taken by enqueue, not yet inserted
         self._new_outbox: list[tuple[object, ...]] = []
@@ -820,11 +822,16 @@ class Store:
         limits = self._limits
         count = self._counts.setdefault(number, _Count(limits.outbox_messages_max))
         if count.messages >= limits.outbox_messages_max or count.size + size > limits.outbox_bytes_max:
-            with self._translating():
-                count.messages, count.size = self._conn.execute(
-                    f"SELECT count(*), coalesce(sum(bytes), 0) FROM outbox WHERE peer = ? AND state = {QUEUED}",
-                    (number,),
-                ).fetchone()
+            # Counting 10,000 rows takes milliseconds: once after each change, not for every publish that is refused.
+            if count.settled != self._settlements:
+                self.write_queued()
+                with self._translating():
+                    count.messages, count.size = self._conn.execute(
+                        "SELECT count(*), coalesce(sum(bytes), 0) FROM outbox"
+                        f" WHERE peer = ? AND state = {QUEUED}",
+                        (number,),
+                    ).fetchone()
+                count.settled = self._settlements
             if count.messages >= limits.outbox_messages_max or count.size + size > limits.outbox_bytes_max:
                 raise OutboxFull(
                     f"{count.messages} messages ({count.size} bytes) already wait for {peer}",
@@ -834,6 +841,7 @@ class Store:
         count.size += size
 
     def mark_delivered(self, rows: Sequence[tuple[str, int]], now_ms: int) -> None:
+        self._settlements += 1
         with self._translating():
             self._conn.executemany(
                 f"UPDATE outbox SET state = {DELIVERED}, settled_ms = ? WHERE row = ? AND state = {QUEUED}",
@@ -842,6 +850,7 @@ class Store:
 
     def mark_delivered_ids(self, peer: str, ids: Sequence[str], now_ms: int) -> None:
         number = self._peer_id(peer)
+        self._settlements += 1
         with self._translating():
             self._conn.executemany(
                 f"UPDATE outbox SET state = {DELIVERED}, settled_ms = ?"
@@ -857,6 +866,7 @@ class Store:
 
     def _end(self, peer: str, message_id: str, state: int, reason: str | None, now_ms: int) -> bool:
         """End a message that is still queued."""
+        self._settlements += 1
         with self._translating():
             cursor = self._conn.execute(
                 "UPDATE outbox SET state = ?, settled_ms = ?, reason = ?"
@@ -874,6 +884,7 @@ class Store:
 
     def requeue(self, peer: str, now_ms: int) -> int:
         number = self._peer_id(peer)
+        self._counts.pop(number, None)
         with self._translating():
             self._conn.execute("UPDATE peer SET acked_id = NULL, acked_row = NULL WHERE id = ?", (number,))
             cursor = self._conn.execute(
@@ -1037,6 +1048,7 @@ class Store:
 
     def expire(self, peer: str, *, beyond_row: int, now_ms: int) -> list[str]:
         """Expire queued rows past their time that are not on the wire (their row is beyond `beyond_row`)."""
+        self._settlements += 1
         with self._translating():
             rows = self._conn.execute(
                 f"UPDATE outbox SET state = {EXPIRED}, settled_ms = ? WHERE row IN (SELECT row FROM outbox WHERE"

@@ -170,6 +170,29 @@ def test_a_peer_whose_queue_is_full_refuses_more_until_it_drains(path: Path) -> 
     store.close()
 
 
+def test_a_full_queue_is_counted_after_a_change_and_not_at_each_refusal(path: Path) -> None:
+    """Counting at each refusal took a second a tick with 10,000 waiting: the node held everybody up, and they it."""
+    store = Store(path, me="m" * 32, limits=Limits(outbox_messages_max=2))
+    store.open()
+    rows = enqueue(store, message(), PEER) + enqueue(store, message(), PEER)
+    counted: list[str] = []
+    store._conn.set_trace_callback(lambda sql: counted.append(sql) if "count(*)" in sql else None)
+    store.begin()
+    for _ in range(50):
+        refused = message()
+        with pytest.raises(OutboxFull):
+            store.enqueue(refused, metadata_of(refused), [PEER], ttl_ms=None, now_ms=NOW)
+    assert counted == []
+    store.mark_delivered(rows[:1], NOW)
+    another = message()
+    assert store.enqueue(another, metadata_of(another), [PEER], ttl_ms=None, now_ms=NOW)
+    with pytest.raises(OutboxFull):
+        store.enqueue(refused, metadata_of(refused), [PEER], ttl_ms=None, now_ms=NOW)
+    assert len(counted) == 1
+    store.commit()
+    store.close()
+
+
 def test_a_store_that_lost_an_acked_message_is_found_out(store: Store) -> None:
     one = message()
     ((row, _, _),) = accept(store, one)

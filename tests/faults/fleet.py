@@ -108,7 +108,13 @@ class NodeProcess:
         deadline = time.monotonic() + timeout_s
         while b"\n" not in self._buffer:
             if not select.select([self._channel], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise Violated(self._fleet.trace(f"{self.name} hangs: no answer in {timeout_s:.0f} s"))
+                self.signal(signal.SIGUSR1)
+                time.sleep(0.2)  # to write down where its threads are
+                raise Violated(
+                    self._fleet.trace(
+                        f"{self.name} hangs: no answer in {timeout_s:.0f} s: {self.last_words()}"
+                    )
+                )
             arrived = self._channel.recv(1 << 20)
             if not arrived:
                 raise Violated(self._fleet.trace(f"{self.name} has died by itself: {self.last_words()}"))

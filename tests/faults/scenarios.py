@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,10 @@ def dial_only(folder: Path, *, seed: int | None = None) -> Measured:
         return fleet.judge()
 
 
+def _has_arrived(fleet: Fleet, count: int) -> bool:
+    return fleet.counts()["arrived"] >= count
+
+
 def _on_lan(fleet: Fleet, lan: Lan) -> list[NodeProcess]:
     """One node on each machine, each knowing each."""
     nodes = [
@@ -264,6 +270,74 @@ def poison(folder: Path, *, seed: int | None = None) -> Measured:
             "the messages that are poison no more",
         )
         return fleet.judge(effects=False)
+
+
+def clock_jumps(folder: Path, *, seed: int | None = None, times: int = 10) -> Measured:
+    """F17: UTC jumps by up to a day, to and fro, while messages wait. Each lives as long as it was given, ± 1 s."""
+    with Fleet(folder, seed=seed) as fleet:
+        a, b = fleet.mesh("a", "b")
+        fleet.fault("kill", b)
+        b.kill()
+        short = [fleet.random.randint(1_500, 6_000) for _ in range(30)]
+        day_ms = 86_400_000
+        lasting = [3_600_000] * 5  # an hour: a jump by a day must neither end nor prolong it
+        made = a.ask("lifetimes", to=[b.id], ttls_ms=[*short, *lasting])["made"]
+        for _ in range(times):
+            a.ask("set_clock", ahead_ms=fleet.random.randint(-day_ms, day_ms))
+            time.sleep(0.5)
+        dying = [one for one in made if one[2] != lasting[0]]
+        fleet.until(lambda: len(a.ask("dead")["dead"]) >= len(dying), "the end of what was to die")
+        dead = a.ask("dead")["dead"]
+        off_s = []
+        for number, message_id, ttl_ms, began in dying:
+            at, reason = dead[message_id]
+            off_s.append(at - began - ttl_ms / 1_000)
+            if reason != "expired" or abs(off_s[-1]) > 1:
+                text = f"{number} lived {at - began:.2f} s of its {ttl_ms} ms: {reason}"
+                raise Violated(fleet.trace(text))
+        if len(dead) != len(dying):
+            raise Violated(fleet.trace("a message died an hour early"))
+        b.start()
+        b.ask("set_clock", ahead_ms=-day_ms)
+        fleet.healed(b)
+        verdict = fleet.judge()
+        if verdict["states"] != {"expired": len(dying), "delivered": len(lasting)}:
+            raise Violated(fleet.trace(f"ended as {verdict['states']}"))
+        return {**verdict, "off_s_max": max(map(abs, off_s))}
+
+
+def few_descriptors(folder: Path, *, seed: int | None = None, times: int = 3) -> Measured:
+    """F18: a node that has run out of descriptors survives, and goes on when there are some again."""
+    with Fleet(folder, seed=seed) as fleet:
+        poor = fleet.add("poor", descriptors=64)
+        b, c = fleet.add("b"), fleet.add("c")
+        for inviting, joining in ((poor, b), (poor, c), (b, c)):
+            fleet.pair(inviting, joining)
+        fleet.everybody_streams(batch=8, gap_ms=20)
+        for _ in range(times):
+            fleet.fault("descriptors", poor)
+            if poor.ask("hog")["hogged"] < 3:
+                raise Violated(fleet.trace("the node had used its descriptors up by itself"))
+            other = fleet.random.choice([b, c])  # it will want new connections, for which there is no room
+            fleet.fault("kill", other)
+            other.kill()
+            other.start()
+            fleet.stream(other, batch=8, gap_ms=20)
+            host, port = poor.endpoint.removeprefix("tcp://").split(":")
+            with ExitStack() as strangers:  # nor for these
+                for _ in range(100):
+                    one = strangers.enter_context(socket.socket())
+                    one.settimeout(0.5)
+                    with suppress(OSError):
+                        one.connect((host, int(port)))
+                enough = fleet.counts()["arrived"] + 100
+                fleet.until(partial(_has_arrived, fleet, enough), "arrivals meanwhile")
+            poor.ask("let_go")
+            _all_alive(fleet, [poor, b, c])
+            fleet.healed(poor, other)
+            for one, another in combinations([poor, b, c], 2):
+                fleet.pair(one, another)  # waits for the session
+        return fleet.judge()
 
 
 def blocked_loop(folder: Path, *, seed: int | None = None) -> Measured:

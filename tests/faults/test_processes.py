@@ -1,4 +1,4 @@
-"""Processes that are killed, paused, slow, or careless: F4, F16, F21, F24."""
+"""Processes that are killed, paused, starved, slow, or careless: F4, F16, F17, F18, F21, F24."""
 
 from __future__ import annotations
 
@@ -51,6 +51,21 @@ def test_a_careless_host_application_neither_hangs_nor_loses_anything(
 ) -> None:
     _repeat(scenario, tmp_path, times)
     record_property("faults", times)
+
+
+@pytest.mark.parametrize("times", SOAK)
+def test_a_jump_of_the_clock_changes_no_lifetime(tmp_path: Path, record_property: Record, times: int) -> None:
+    for number in range(times):
+        scenarios.clock_jumps(tmp_path / str(number), times=10)
+    record_property("faults", 10 * times)
+
+
+@pytest.mark.parametrize("times", SOAK)
+def test_a_node_without_descriptors_survives_and_recovers(
+    tmp_path: Path, record_property: Record, times: int
+) -> None:
+    scenarios.few_descriptors(tmp_path, times=3 * times)
+    record_property("faults", 3 * times)
 
 
 def _repeat(scenario: Scenario, folder: Path, times: int) -> list[Measured]:

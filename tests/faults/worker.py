@@ -11,6 +11,7 @@ import asyncio
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import json
 import logging
@@ -37,6 +38,7 @@ from tests.faults.oracle import SUBJECT, body_of, number_of
 
 _CLONE_NEWNET = 0x4000_0000
 _LINE_BYTES_MAX = 1 << 20
+_true_time_ns = time.time_ns
 
 
 class Filed(pw.Model):
@@ -66,6 +68,7 @@ def _settle_in(spec: dict[str, Any]) -> None:
     complaints = os.open(spec["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(complaints, 2)
     os.close(complaints)
+    faulthandler.register(signal.SIGUSR1)  # the fleet asks a worker that hangs where it is
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s %(__fields__)s")
     logging.getLogger().handlers[0].addFilter(_show_fields)
     if "netns" in spec:
@@ -105,6 +108,8 @@ class _Worker:
         self._turn_is_planned = False
         self._poison: set[int] = set()
         self._effect_ms = 0
+        self._dead: dict[str, tuple[float, str]] = {}  # message id -> when and why
+        self._hogged: list[int] = []
         self._names: dict[str, str] = {}
         self.node = Node(
             self._name,
@@ -116,7 +121,7 @@ class _Worker:
         )
         self.node.effect(SUBJECT, self._file)
         self.node.on_delivered(self._on_delivered)
-        self.node.on_dead(lambda dead: self._say(t="dead", dead=dead))
+        self.node.on_dead(self._on_dead)
         self.node.on_peer(self._on_peer)
         self.node.on_failed(lambda error: self._say(t="failed", error=repr(error)))
 
@@ -185,6 +190,10 @@ class _Worker:
             by_peer.setdefault(peer, []).append(message_id)
         for peer, ids in by_peer.items():
             self._say(t="acked", peer=peer, ids=ids)
+
+    def _on_dead(self, dead: list[tuple[str, str, str]]) -> None:
+        self._say(t="dead", dead=dead)
+        self._dead.update((message_id, (time.monotonic(), reason)) for message_id, _, reason in dead)
 
     def _on_peer(self, view: PeerView) -> None:
         if self._names.get(view.node_id) != view.state:
@@ -284,6 +293,41 @@ class _Worker:
         return {
             "filed": await self.node.read(lambda _: [row.number for row in Filed.select().order_by(Filed.id)])
         }
+
+    async def do_set_clock(self, ahead_ms: int) -> None:
+        """Set UTC, as this process sees it, so much ahead of the true time. Other clocks go on as they do."""
+        time.time_ns = lambda: _true_time_ns() + ahead_ms * 1_000_000
+
+    async def do_lifetimes(self, to: Sequence[str], ttls_ms: Sequence[int]) -> dict[str, Any]:
+        """Publish one message with each of these lifetimes; answer with (number, id, lifetime, moment)."""
+        made = []
+        for ttl_ms in ttls_ms:
+            async with self._intent_lock:
+                number, self._next = self._next, self._next + 1
+                self._say(t="intent", first=number, count=1, to=list(to))
+                await self._oracle_reader.readline()
+                body = body_of(self._name, number, 100)
+                began = time.monotonic()
+                receipt = await self.node.publish(SUBJECT, body, to=to, ttl_ms=ttl_ms)
+                self._say(t="sent", numbers=[number])
+                made.append([number, receipt.id, ttl_ms, began])
+        return {"made": made}
+
+    async def do_dead(self) -> dict[str, Any]:
+        """What has died here: message id -> moment and reason."""
+        return {"dead": self._dead}
+
+    async def do_hog(self) -> dict[str, Any]:
+        """Open files until there is no descriptor left."""
+        with contextlib.suppress(OSError):
+            while True:
+                self._hogged.append(os.open("/dev/null", os.O_RDONLY))
+        return {"hogged": len(self._hogged)}
+
+    async def do_let_go(self) -> None:
+        for fd in self._hogged:
+            os.close(fd)
+        self._hogged.clear()
 
     # -- what careless applications do ----------------------------------------------------------------------
 
