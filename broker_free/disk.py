@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from broker_free.errors import DiskLow
-from broker_free.limits import MIB, Limits
+from broker_free.errors import DiskFloor
+from broker_free.limits import KIB, MIB, Limits
 from broker_free.storefile import no_room
 
 log = logging.getLogger("broker_free")
@@ -21,6 +21,7 @@ log = logging.getLogger("broker_free")
 BALLAST: Final = "ballast"
 _LOOK_MS: Final = 1_000
 _WRITTEN_MAX: Final = 4  # a message is written to the log, to the file, and in parts to indexes of both
+_PAGES_BYTES: Final = 8 * KIB  # the smallest takes some pages
 
 
 class Disk:
@@ -39,14 +40,14 @@ class Disk:
 
     def admit(self, size: int) -> None:
         """Refuse a new message while room is low. Called for each: compares two numbers, nearly always."""
-        self._taken += size
+        self._taken += size + _PAGES_BYTES
         if self._taken * _WRITTEN_MAX > self._headroom and not self.is_low:
             self._look()
         if self.is_low:
             raise self.refusal()
 
-    def refusal(self) -> DiskLow:
-        return DiskLow(
+    def refusal(self) -> DiskFloor:
+        return DiskFloor(
             f"the disk that holds {self._store.parent} is nearly full:"
             f" {self._free(self._store.parent) // MIB} MiB are free",
             hint=f"free some space; sending resumes by itself at {self._resume_bytes() // MIB + 1} MiB",
@@ -69,8 +70,6 @@ class Disk:
         free = self._free(self._store.parent)
         self._taken = 0
         self._headroom = free - self._limits.disk_free_bytes_min
-        if free < min(self._limits.ballast_bytes, self._limits.disk_free_bytes_min):
-            self._throw_off()  # before SQLite fails
         if self.is_low:
             self.is_low = free < self._resume_bytes() or (self._is_full and no_room(self._store) != "")
         else:

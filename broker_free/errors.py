@@ -13,6 +13,7 @@ BrokerFreeError
 ├ AddressInUse            the port to listen on is taken
 ├ StoreFailed             SQLite or the disk said no
 │ ├ DiskLow               too little room: nothing was accepted
+│ │ └ DiskFloor           refused before anything was written, because room is getting short
 │ ├ StoreBroken           an I/O error or damage: the node accepts nothing more until it is started again
 │ └ OutcomeUnknown        the commit failed after the wire was used: it may have happened
 ├ OutboxFull              a peer's queue is at its limit
@@ -96,6 +97,10 @@ class StoreFailed(BrokerFreeError):
 
 class DiskLow(StoreFailed):
     code = "disk-low"
+
+
+class DiskFloor(DiskLow):
+    """Of one send; what else the same transaction holds is not touched by it."""
 
 
 class StoreBroken(StoreFailed):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+HealthState = Literal["ok", "disk-low", "failed"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
@@ -15,7 +17,7 @@ class Health:
     failed     nothing is accepted or acknowledged, reading goes on as far as the disk allows; only a restart helps
     """
 
-    state: Literal["ok", "disk-low", "failed"] = "ok"
+    state: HealthState = "ok"
     why: str = ""
     hint: str = ""
     since_ms: int = 0  # UTC

@@ -77,7 +77,7 @@ class Limits:
     lease_ms: int = 30_000  # a consumer that hangs gives its job to another after this
 
     disk_free_bytes_min: int = 256 * MIB  # below that nothing new is accepted: others need the disk too
-    ballast_bytes: int = 16 * MIB  # room for settling and pruning on a full disk
+    ballast_bytes: int = 16 * MIB  # room for settling and pruning on a full disk: many times SQLite's log
     events_max: int = 10_000  # the newest that are kept
     check_ms_max: int = 5_000  # of the file, at a start after one that was not closed in order
     check_ms_max_clean: int = 250  # the same at every other start: it must stay under a second

@@ -23,8 +23,10 @@ from broker_free.blobfiles import Blob, BlobFiles
 from broker_free.carrier import Carrier, Waiter
 from broker_free.clock import SteadyClock, machine_boot, mono_ms, since_boot_ms, utc_ms
 from broker_free.consumer import Lease, Leases
+from broker_free.disk import Disk
 from broker_free.errors import (
     BrokerFreeError,
+    DiskLow,
     LeaseLost,
     MalformedFrame,
     NodeClosed,
@@ -35,7 +37,7 @@ from broker_free.errors import (
 )
 from broker_free.frames import Frame
 from broker_free.futures import fail, succeed
-from broker_free.health import Health
+from broker_free.health import Health, HealthState
 from broker_free.home import lock, make_private, unlock
 from broker_free.membership import Member
 from broker_free.mesh import Mesh
@@ -64,6 +66,8 @@ _JOIN_USER: Final = "join:"  # user id of a connection that holds a one-time key
 _HOUSEKEEPING_MS: Final = 5_000
 _PRUNE_MS: Final = 3_600_000
 _JOIN_TIMEOUT_S: Final = 10.0
+
+_DISK_LOW: Final = "disk low"
 
 Link = Literal["open", "closed"]
 
@@ -138,6 +142,7 @@ class Owner:
         self._leases = Leases()
         self._broken: StoreFailed | None = None  # why the store is not written to any more
         self._health = Health()
+        self._disk: Disk
 
     # -- called on the loop ---------------------------------------------------------------------------------
 
@@ -356,6 +361,10 @@ class Owner:
         for pattern, fn in effects:
             self._tick.add_effect(pattern, fn)
         self._store.has_effect = self._tick.effects_of
+        self._disk = Disk(node.home / "store.db", self._limits)
+        self._tick.admit = self._disk.admit
+        self._disk.look(mono_ms())
+        self._room_may_have_changed()
         for pattern in self._store.patterns():
             self._tick.add_interest(pattern)
         node._entries.load(entries)
@@ -404,6 +413,9 @@ class Owner:
                         self._close()
                     return
                 self._keep_house(now_ms)
+            except DiskLow:
+                self._disk.filled()
+                self._room_may_have_changed()
             except StoreFailed as error:
                 self._break(error)
             timeout_ms = 0 if self._queue or self._has_chunks else self._sleep_ms()
@@ -474,13 +486,33 @@ class Owner:
                 reason = {"reason": "the store has failed here"}
                 self.send(conn, Frame(kind=frames.BYE, session=frame.session, meta=reason))
 
+    def _room_may_have_changed(self) -> None:
+        """Let peers wait while room is short, and go on when there is some again."""
+        is_known = self._health.state == "disk-low"
+        if self._disk.is_low == is_known or self._broken is not None:
+            return
+        if self._disk.is_low:
+            self._tick.hold(_DISK_LOW)
+            refusal = self._disk.refusal()
+            log.warning("the disk is nearly full: nothing new is accepted", extra={"reason": refusal.message})
+            self._store.note("disk-low", refusal.message)
+        else:
+            self._tick.release(_DISK_LOW)
+            log.info("there is room on the disk again")
+            self._store.note("disk-room", "there is room again")
+        self._tell_health()
+
     def _tell_health(self) -> None:
-        error = self._broken
+        error: StoreFailed | None = self._broken
+        state: HealthState = "ok" if error is None else "failed"
+        if error is None and self._disk.is_low:
+            error, state = self._disk.refusal(), "disk-low"
+        is_same = state == self._health.state
         health = Health(
-            state="ok" if error is None else "failed",
-            why=error.message if error else "",
-            hint=(error.hint or "") if error else "",
-            since_ms=self._health.since_ms if error is None else utc_ms(),
+            state=state,
+            why=self._health.why if is_same else error.message if error else "",
+            hint=self._health.hint if is_same else error.hint or "" if error else "",
+            since_ms=self._health.since_ms if is_same else utc_ms(),
             quarantined=self._store.quarantined,
         )
         if health != self._health:
@@ -548,6 +580,9 @@ class Owner:
         """Draw this side's conclusions from a tick, then tell the loop."""
         if isinstance(outcome.error, StoreBroken):
             self._break(outcome.error)
+        elif isinstance(outcome.error, DiskLow):
+            self._disk.filled()
+            self._room_may_have_changed()
         for alarm in outcome.alarms:
             if alarm.kind != "regression":  # that one is written together with what it causes
                 self._store.note(alarm.kind, alarm.detail, peer=alarm.peer)
@@ -584,6 +619,8 @@ class Owner:
 
     def _keep_house(self, now_ms: int) -> None:
         self._watch.tick(now_ms)
+        self._disk.look(now_ms)
+        self._room_may_have_changed()
         if self._dirty:
             self.tell_views()
         if self._broken is not None:

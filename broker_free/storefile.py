@@ -84,7 +84,7 @@ def no_room(path: Path) -> str:
     """Say why files beside `path` cannot grow, or nothing when they can. SQLite knows the full disk alone."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     with contextlib.suppress(OSError):
-        largest = max(each.stat().st_size for each in (path, wal_of(path)) if each.exists())
+        largest = max((each.stat().st_size for each in (path, wal_of(path)) if each.exists()), default=0)
         if limit != resource.RLIM_INFINITY and largest + _PROBE_BYTES > limit:
             return f"the size limit of this process's files ({limit} bytes, ulimit -f)"
     probe = path.with_name(f".{path.name}.probe")

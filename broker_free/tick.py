@@ -33,6 +33,7 @@ from broker_free import faults
 from broker_free import link as links
 from broker_free.antientropy import Findings, Say, Sync
 from broker_free.errors import (
+    DiskFloor,
     InvalidInput,
     OutcomeUnknown,
     StoreBroken,
@@ -195,9 +196,10 @@ class Wire(Protocol):
 class Tx:
     """What a transactional effect may do. Valid only while its function runs."""
 
-    def __init__(self, tick: Tick, now_ms: int) -> None:
+    def __init__(self, tick: Tick, now_ms: int, *, is_effect: bool = False) -> None:
         self.now_ms = now_ms  # UTC
         self.steady_ms = tick.steady_ms  # what lifetimes and retries count in: see `clock.py`
+        self._is_effect = is_effect
         self.node_id = tick.me
         self._of: Tick | None = tick
         self.held_back: list[str] = []  # peers with rows that leave after the commit
@@ -215,11 +217,16 @@ class Tx:
         ttl_ms: int | None = None,
         message_id: str | None = None,
         blobs: Sequence[str] = (),
+        settles: bool = False,
     ) -> str:
         """Queue a message in this transaction and return its id. It leaves only after the commit.
 
-        `to` names node ids; without it, whoever is interested in the subject.
+        `to` names node ids; without it, whoever is interested in the subject. Raises DiskFloor when room is short,
+        unless it `settles` something: what answers for a message that was accepted before may use the last room, and
+        so may every effect.
         """
+        if not settles:
+            self.check_room(len(body))
         message = Message(
             id=message_id or new_id(self.now_ms),
             subject=subject,
@@ -231,6 +238,11 @@ class Tx:
         self.held_back += [peer for peer, _ in rows]
         self.arrivals += arrivals
         return message.id
+
+    def check_room(self, size: int) -> None:
+        """Raise DiskFloor when room is so short that nothing new may be written. Of no matter to effects."""
+        if not self._is_effect:
+            self._tick().admit(size)
 
     def registry_put(self, bucket: str, key: str, value: Mapping[str, Any] | None) -> Entry:
         """Write a replicated entry in this transaction; None deletes it. Peers hear of it after the commit.
@@ -392,6 +404,8 @@ class Tick:
         self._wire = wire
         self._limits = limits
         self._random = random
+        # Raises DiskFloor instead of letting bytes in; called before anything is written or sent.
+        self.admit: Callable[[int], None] = lambda size: None
         self._effects: list[tuple[str, Effect]] = []
         self._effects_by_subject: dict[str, tuple[Effect, ...]] = {}
         self._dialled: dict[int, str] = {}  # connections opened here -> peer
@@ -789,6 +803,8 @@ class Tick:
                     self._write_entries(tx)
                 self._absorb(tx, outcome)
                 outcome.results.append((work, result))
+        except DiskFloor as error:
+            outcome.failures.append((work, error))
         except StoreFailed:
             raise
         except Exception as error:  # noqa: BLE001  the caller's function may raise anything; its savepoint is undone
@@ -797,6 +813,7 @@ class Tick:
     def _publish(self, work: Publish, outcome: Outcome, offered: dict[str, None]) -> list[str]:
         """Queue a plain publish and offer it to the links at once. Returns the peers it was queued for."""
         meta = work.meta or check_message(work.message, self._limits)
+        self.admit(len(meta) + len(work.message.body))
         rows, arrivals = self._queue(
             work.message, meta, work.recipients, work.ttl_ms, may_repeat=work.may_repeat
         )
@@ -887,7 +904,7 @@ class Tick:
         done: list[Tx] = []
         with self._journal.savepoint():
             for envelope in batch:
-                tx = Tx(self, self._utc_ms)
+                tx = Tx(self, self._utc_ms, is_effect=True)
                 for effect in self.effects_of(envelope.subject):
                     _call(effect, tx, envelope)
                 tx.end()

@@ -206,6 +206,7 @@ class PostOffice:
     ) -> dict[Place, str]:
         """File a brief for those who are here, queue it for the other nodes, in one transaction."""
         leases.still_holds(who)
+        tx.check_room(len(body))  # for those who are here too
         me = self._node.node_id
         filed = filing.write_brief(letter, brief_id=brief_id, node=me)
         assert filed is not None, "the id was made for this brief"

@@ -89,7 +89,7 @@ class Moves:
             try:
                 for start in range(0, len(receipts), _RECEIPTS_A_MESSAGE):
                     some = receipts[start : start + _RECEIPTS_A_MESSAGE]
-                    self._tx.publish(wire.RECEIPT, wire.encode_receipts(some), to=[node])
+                    self._tx.publish(wire.RECEIPT, wire.encode_receipts(some), to=[node], settles=True)
             except (UnknownPeer, OutboxFull) as error:
                 # The mail itself is safe here; a sender that has left, or been away for long, learns no more of it.
                 log.warning("receipts dropped", extra={"peer": node, "why": error.message})
