@@ -54,6 +54,7 @@ _COUNTS: Final = struct.Struct(">II")
 _ASKING_MAX: Final = 2  # comparisons under way that this node began
 _ANSWERS_A_TICK: Final = 4  # a page takes about a millisecond; the rest waits for the next tick
 _QUESTIONS_MAX: Final = 4  # of one peer, waiting; it has one under way if it keeps to the protocol
+_PAUSE_MS: Final = 5  # between two pages: as long as one keeps a node busy, so mail has half of the time
 _ROUND_MS: Final = 10_000  # without an answer for so long, a comparison is given up
 _SOON_MS: Final = 1_000
 _RELAYS: Final = 2  # nodes that forward one change to one peer that its sender did not reach
@@ -97,6 +98,7 @@ class _Round:
     deadline_ms: int
     leaves: list[int] | None = None  # still to be compared; None until the answer to the root is here
     page: tuple[int, ...] = ()  # those under way
+    page_due_ms: int = 0  # the next page not before
     filled: set[int] = field(default_factory=set)  # hashes sent for the first leaf: never twice
 
 
@@ -264,7 +266,8 @@ class Sync:
         one.filled = {each for each in one.filled if each % LEAVES not in over}
         one.leaves = [leaf for leaf in one.leaves if leaf not in over]
         one.page = ()
-        one.deadline_ms = now_ms + _ROUND_MS
+        one.page_due_ms = now_ms + _PAUSE_MS
+        one.deadline_ms = one.page_due_ms + _ROUND_MS
 
     def _fill(self, one: _Round, wanted: Sequence[int]) -> tuple[list[Entry], int | None]:
         """Return what fits into one frame of the wanted entries, and the leaf where it ended, if it did."""
@@ -373,7 +376,7 @@ class Sync:
         for peer, one in list(self._rounds.items()):
             if now_ms >= one.deadline_ms:
                 del self._rounds[peer]
-            elif one.leaves is not None and not one.page:
+            elif one.leaves is not None and not one.page and now_ms >= one.page_due_ms:
                 says.append(self._next_page(peer, one, now_ms, utc_ms))
         return says
 
@@ -381,9 +384,10 @@ class Sync:
         """Return when `converse` or `keep_house` has something to do though nothing arrives."""
         if self._questions or (self._wanted and len(self._rounds) < _ASKING_MAX):
             return now_ms
-        if any(one.leaves is not None and not one.page for one in self._rounds.values()):
-            return now_ms
-        times = [one.deadline_ms for one in self._rounds.values()]
+        times = [
+            one.deadline_ms if one.page or one.leaves is None else one.page_due_ms
+            for one in self._rounds.values()
+        ]
         if self._gossip:
             times.append(self._gossip_due_ms)
         if self._due_ms is not None and self._peers:

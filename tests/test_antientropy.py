@@ -245,7 +245,7 @@ def test_a_big_registry_travels_in_small_frames_one_at_a_time() -> None:
     while not mesh.is_alike():
         mesh.run(1)
         waiting = max(waiting, *(len(host.inbox) for host in mesh.hosts.values()))
-    assert mesh.largest <= 64 * KIB + KIB
+    assert mesh.largest <= 16 * KIB + KIB
     assert waiting <= 2
 
 
