@@ -30,7 +30,9 @@ class Limits:
     registry_bucket_keys_max: int = 50_000  # one application's mistake leaves room for the others
     registry_value_bytes_max: int = 16 * KIB  # it is settings and whereabouts, not content
     registry_name_chars_max: int = 255  # as a subject: a node id, a dot, and room for a name
-    registry_frame_bytes_max: int = 16 * KIB  # mail waits behind one such frame, which costs some 5 ms, at most
+    registry_frame_bytes_max: int = (
+        16 * KIB
+    )  # mail waits behind one such frame, which costs some 5 ms, at most
     registry_frame_entries_max: int = 1_000
     registry_sync_ms: int = 30_000  # compare with one peer so often: what no session's opening has shown
     registry_ahead_ms_max: int = DAY_MS  # a stamp further in the future is a broken clock, not a newer value

@@ -244,6 +244,14 @@ class Tx:
         if not self._is_effect:
             self._tick().admit(size)
 
+    def registry_get(self, bucket: str, key: str) -> Mapping[str, Any] | None:
+        """Return a key's value, as this transaction has written it or else as it is committed."""
+        for made in reversed(self.entries):
+            if made.at == (bucket, key):
+                return made.value
+        entry = self._tick().registry.entry((bucket, key))
+        return entry.value if entry else None
+
     def registry_put(self, bucket: str, key: str, value: Mapping[str, Any] | None) -> Entry:
         """Write a replicated entry in this transaction; None deletes it. Peers hear of it after the commit.
 

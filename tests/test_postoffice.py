@@ -8,10 +8,12 @@ import json
 import pytest
 from peewee import Database
 
-from broker_free.errors import InvalidInput, PairingRefused, TimedOut, TooLarge
+from broker_free import Tx
+from broker_free.errors import InvalidInput, NotOwner, PairingRefused, TimedOut, TooLarge
 from broker_free.message import id_to_bytes
 from tests.offices import Site, a_script, eventually, homes, pair, site, states, two_sites
 from zmail import wire
+from zmail.directory import BUCKET, Place, key_of
 from zmail.errors import (
     AmbiguousAddress,
     AmbiguousId,
@@ -165,6 +167,48 @@ def test_a_restart_keeps_the_mail_that_waits_and_the_callsigns() -> None:
                 brief = await one.call(bravo, "read", id=ident)
                 assert brief["title"] == "before the restart"
                 assert [each["text"] for each in brief["actions"]] == ["look at it"]
+
+    asyncio.run(scenario())
+
+
+def test_the_roster_tells_what_the_mailboxes_say_whatever_stands_in_the_registry() -> None:
+    async def scenario() -> None:
+        with homes(2) as (first, second):
+            async with site("server1", first) as one:
+                await one.act_as("alpha")
+                await one.act_as("a..strange-name")
+                # As after a store that was put back: the registry knows of a callsign that no mailbox has, and
+                # of another state than the mailbox's.
+                there = [Place(callsign, one.node.node_id) for callsign in ("alpha", "ghost")]
+
+                def go_astray(tx: Tx) -> None:
+                    for place in there:
+                        tx.registry_put(BUCKET, key_of(place), {"kind": "human", "state": "online"})
+
+                await one.node.transact(go_astray)
+                assert one.knows("ghost")
+            async with site("server1", first) as one, site("server2", second) as two:
+                await pair(one, two)
+                await eventually(lambda: two.knows("alpha", "a..strange-name"))
+                assert not one.knows("ghost")
+                assert not two.knows("ghost")
+                mine, theirs = one.office.directory(), two.office.directory()
+                assert mine.residents == theirs.residents
+                assert mine.residents[there[0]].kind == "script"
+
+    asyncio.run(scenario())
+
+
+def test_nobody_writes_a_callsign_of_another_node() -> None:
+    async def scenario() -> None:
+        async with two_sites() as (one, two):
+            await two.act_as("bravo")
+            await eventually(lambda: one.knows("bravo"))
+            for callsign in ("bravo", "intruder"):
+                key = key_of(Place(callsign, two.node.node_id))
+                with pytest.raises(NotOwner):
+                    await one.node.transact(lambda tx, key=key: tx.registry_put(BUCKET, key, {}))
+            assert one.office.directory().residents == two.office.directory().residents
 
     asyncio.run(scenario())
 

@@ -207,6 +207,26 @@ def entry_of(mailbox: Mailbox) -> dict[str, str | int | None]:
     }
 
 
+def astray(told: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """List the callsigns of which the registry tells something else than their mailbox. Reads only."""
+    true = {mailbox.callsign: entry_of(mailbox) for mailbox in Mailbox.select()}
+    return sorted(callsign for callsign in true.keys() | told if true.get(callsign) != told.get(callsign))
+
+
+def set_right(tx: Tx, callsigns: list[str]) -> None:
+    """Have the registry tell what the mailboxes say, if it does not by now.
+
+    It tells something else after the store was put back from a backup: what this node wrote since comes back from
+    the others, without the mailboxes. Or when another member lied in this node's name while it was away.
+    """
+    for callsign in callsigns:
+        mailbox = Mailbox.get_or_none(Mailbox.callsign == callsign)
+        true = entry_of(mailbox) if mailbox else None
+        key = key_of(Place(callsign, tx.node_id))
+        if tx.registry_get(BUCKET, key) != true:
+            tx.registry_put(BUCKET, key, true)
+
+
 def _set(row: Mailbox | Lease, **values: str | None) -> None:
     """Set what differs, so that an unchanged row is not written."""
     for name, value in values.items():

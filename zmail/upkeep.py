@@ -15,6 +15,7 @@ from contextlib import suppress
 from broker_free import Node, Tx
 from broker_free.errors import NodeClosed
 from zmail import filing, leases
+from zmail.directory import BUCKET
 from zmail.leases import Judge
 from zmail.models import UNREAD, Brief, Delivery
 from zmail.receipts import Moves
@@ -38,6 +39,7 @@ class Upkeep:
         self._settled: list[tuple[str, str, str, str | None]] = []  # (message id, peer, state, reason)
         self._settled_some = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._roster_at = -1  # the revision of the registry that was last compared with the mailboxes
         node.on_delivered(self._on_delivered)
         node.on_dead(self._on_dead)
 
@@ -109,9 +111,20 @@ class Upkeep:
         fallen = await self._node.read(lambda _: leases.fallen(self._judge))
         if fallen:
             await self._node.transact(leases.take_offline, fallen, self._judge)
+        await self._set_roster_right()
         is_over = UNREAD & (Delivery.expires_ms <= now_ms)
         while await self._node.read(lambda _: Delivery.select().where(is_over).exists()):
             await self._node.transact(self._expire, now_ms)
+
+    async def _set_roster_right(self) -> None:
+        callsigns = self._node.registry(BUCKET)
+        if callsigns.revision == self._roster_at:
+            return
+        self._roster_at = callsigns.revision
+        mine = f"{self._node.node_id}."
+        told = {each.key.removeprefix(mine): each.value or {} for each in callsigns.entries(f"{mine}>")}
+        if astray := await self._node.read(lambda _: leases.astray(told)):
+            await self._node.transact(leases.set_right, astray)
 
     def _expire(self, tx: Tx, now_ms: int) -> None:
         moves = self._moves(tx)
