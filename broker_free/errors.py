@@ -6,6 +6,7 @@ BrokerFreeError
 │ ├ NotOwner              a registry key that belongs to another node
 │ ├ Conflict              this id was used before, for another message
 │ └ MalformedFrame        what a peer sent is no frame of this protocol
+├ UnknownMessage          no such message in this node's outbox
 ├ UnknownPeer             no such member of the mesh
 ├ PairingRefused          an invitation that is wrong, used or over
 ├ UnsuitableHome          a state folder that cannot keep the promises
@@ -65,6 +66,10 @@ class MalformedFrame(InvalidInput):
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
         self.reason = reason  # kebab-case: under this it is counted
+
+
+class UnknownMessage(BrokerFreeError):
+    code = "unknown-message"
 
 
 class UnknownPeer(BrokerFreeError):

@@ -961,8 +961,8 @@ class Link:
 
     def _resync(self, greeting: _Greeting, body: bytes) -> tuple[dict[str, object], list[Action]]:
         """Answer the peer's questions: which of its doubtful messages are here, and is its last ack known?"""
-        digests = [body[at : at + DIGEST_BYTES] for at in range(0, len(body), DIGEST_BYTES)]
-        if len(digests) != len(greeting.in_doubt) or len(body) % DIGEST_BYTES:
+        digests = digests_of(body)
+        if len(digests) != len(greeting.in_doubt):
             digests = []  # version 1 sends none
         held = self._ledger.held(self.peer, greeting.in_doubt, digests)
         answer: dict[str, object] = {"have": held.have}
@@ -1105,7 +1105,7 @@ class _Resync:
 
     @staticmethod
     def parse(meta: Mapping[str, Any]) -> _Resync | None:
-        have, conflicts = _pairs(meta.get("have", [])), meta.get("conflicts", [])
+        have, conflicts = pairs(meta.get("have", [])), meta.get("conflicts", [])
         if have is None or not _are_numbers(conflicts):
             return None
         return _Resync(have=have, conflicts=tuple(conflicts), is_regressed=meta.get("regressed") is True)
@@ -1190,7 +1190,15 @@ def _are_limits(limits: object) -> bool:
     )
 
 
-def _pairs(have: object) -> tuple[tuple[int, int], ...] | None:
+def digests_of(body: bytes) -> list[bytes]:
+    """Cut the body of a HELLO, HELLO_OK or REVOKE into the digests it is made of; empty when it is not."""
+    if len(body) % DIGEST_BYTES:
+        return []
+    return [body[at : at + DIGEST_BYTES] for at in range(0, len(body), DIGEST_BYTES)]
+
+
+def pairs(have: object) -> tuple[tuple[int, int], ...] | None:
+    """Read (index, row) pairs that a peer sent; None when they are none."""
     if not isinstance(have, (list, tuple)):
         return None
     pairs: list[tuple[int, int]] = []

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -33,11 +34,12 @@ from broker_free.errors import (
     PairingRefused,
     TimedOut,
     TransactionMisused,
+    UnknownMessage,
 )
 from broker_free.futures import fail, succeed
 from broker_free.health import Health
 from broker_free.limits import Limits
-from broker_free.message import Envelope, Message, check_message, new_id
+from broker_free.message import Envelope, Message, check_message, id_to_bytes, new_id
 from broker_free.owner import Owner, PeerView, in_owner_thread
 from broker_free.schema import Migrations
 from broker_free.security import Invitation
@@ -57,6 +59,9 @@ T = TypeVar("T")
 _WORK_MAX: Final = 20_000  # waiting operations; a caller beyond that waits until some are done
 _SLOW_MS: Final = 50  # a transactional function that takes longer holds up everybody
 _FIRST_SESSION_S: Final = 3.0
+
+
+_ENDS: Final = {"delivered": "delivered", "cancelled": "cancelled", "expired": "expired"}
 
 
 class Receipt:
@@ -116,6 +121,29 @@ class Receipt:
         self._followers.clear()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancellation:
+    """What became of a message that was withdrawn, for each of its recipients."""
+
+    id: str
+    states: Mapping[str, str]  # node id -> cancelled, delivered, revoking, queued, expired, dead
+
+    @property
+    def cancelled(self) -> tuple[str, ...]:
+        """Who will never have it."""
+        return tuple(peer for peer, state in self.states.items() if state == "cancelled")
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Who has it."""
+        return tuple(peer for peer, state in self.states.items() if state == "delivered")
+
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """Who could not be asked yet."""
+        return tuple(peer for peer, state in self.states.items() if state == "revoking")
+
+
 class Node:
     """One member of the mesh. Use it as an async context manager, from one event loop."""
 
@@ -155,6 +183,7 @@ class Node:
         self._subscription_numbers = itertools.count(1)
         self._on_delivered: list[Callable[[list[tuple[str, str]]], None]] = []
         self._on_dead: list[Callable[[list[tuple[str, str, str]]], None]] = []
+        self._cancelling: list[tuple[str, dict[str, str], asyncio.Event]] = []
         self._on_alarm: list[Callable[[Alarm], None]] = []
         self._on_peer: list[Callable[[PeerView], None]] = []
         self._health = Health()
@@ -331,6 +360,35 @@ class Node:
             self._waiters.discard(waiter)
             owner.later(lambda: owner.carrier.leave(blob_id, waiter))
 
+    async def cancel(self, message_id: str, *, timeout: float = 5.0) -> Cancellation:
+        """Withdraw a message from every recipient that does not hold it yet, and say what became of each.
+
+        What was never on the wire is cancelled at once. Otherwise its recipient is asked; it is not sent meanwhile.
+        One that does not answer within `timeout` seconds is `pending`: it is asked as soon as there is a session, also
+        after a restart, and `on_delivered` or `on_dead` ("cancelled") tell the answer. Raises UnknownMessage.
+        """
+        owner = self._running()
+        id_to_bytes(message_id)
+        answers: dict[str, str] = {}
+        has_answer = asyncio.Event()
+        self._cancelling.append((message_id, answers, has_answer))
+        try:
+            states = await self.transact(owner.cancel, message_id)
+            if not states:
+                raise UnknownMessage(
+                    f"no message {message_id} in this node's outbox", hint="settled ones go after a day"
+                )
+            states.update(answers)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    while "revoking" in states.values():
+                        await has_answer.wait()
+                        has_answer.clear()
+                        states.update(answers)
+        finally:
+            self._cancelling.remove((message_id, answers, has_answer))
+        return Cancellation(id=message_id, states=states)
+
     def subscribe(self, pattern: str, *, durable: str, lease_ms: int | None = None) -> Subscription:
         """Consume messages of a pattern under a durable name: `async with` opens it, `async for` yields jobs.
 
@@ -462,6 +520,12 @@ class Node:
                 self._resolve(work, result, None)
         for work, error in outcome.failures:
             self._resolve(work, None, error)
+        for wanted, answers, has_answer in self._cancelling:
+            told = {peer: "delivered" for message_id, peer in outcome.delivered if message_id == wanted}
+            told |= {peer: reason for message_id, peer, reason in outcome.dead if message_id == wanted}
+            if told:
+                answers |= {peer: _ENDS.get(state, "dead") for peer, state in told.items()}
+                has_answer.set()
         for message_id, peer in outcome.delivered:
             found = self._receipts.get(message_id)
             if found is not None and found.acked_by(peer):

@@ -47,7 +47,7 @@ from broker_free.registry import Registry
 from broker_free.schema import Migrations
 from broker_free.security import KeyPair, load_or_create_keys, node_id_of
 from broker_free.store import DAMAGED, Store
-from broker_free.tick import EXPIRED, Effect, Outcome, Tick, Transact, Tx, Work
+from broker_free.tick import CANCELLED, EXPIRED, Effect, Outcome, Tick, Transact, Tx, Work
 from broker_free.transport import Beat, Closed, Connected, Received, Transport, new_keypair
 from broker_free.watch import Watch
 
@@ -225,6 +225,12 @@ class Owner:
         """On the loop: end a lease, then have the consumers look again; the queue keeps that order."""
         self.later(lambda: self._leases.drop(lease))
         self._node.jobs_are_free()
+
+    def cancel(self, tx: Tx, message_id: str) -> dict[str, str]:
+        states, cancelled = self._tick.cancel(tx, message_id)
+        dead = [(message_id, peer, CANCELLED) for peer in cancelled]
+        tx.after_commit(partial(self._node.take, Outcome(dead=dead)))
+        return states
 
     # -- durable consumers, between transactions ------------------------------------------------------------
 

@@ -54,7 +54,9 @@ STEPS: Final[tuple[tuple[str, ...], ...]] = (
         "CREATE INDEX inbox_quarantined ON inbox (row) WHERE state = 4",
         "CREATE TABLE application (name TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID",
         # -- link: lifetimes of what is in the inbox, the steady clock they count in, receipts on their way back
+        "CREATE INDEX outbox_revoking ON outbox (peer, row) WHERE state = 6",
         "ALTER TABLE outbox ADD COLUMN is_timed INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE outbox ADD COLUMN may_repeat INTEGER NOT NULL DEFAULT 1",
         "CREATE TABLE lifetime (row INTEGER PRIMARY KEY, expires_ms INTEGER NOT NULL)",
         """CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 1), machine_boot TEXT NOT NULL,
         offset_ms INTEGER NOT NULL, ahead_ms INTEGER NOT NULL, at_ms INTEGER NOT NULL)""",

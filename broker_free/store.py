@@ -80,8 +80,8 @@ from broker_free.storefile import (
 from broker_free.subject import matches
 from broker_free.tick import Accepted
 
-QUEUED, DELIVERED, EXPIRED, CANCELLED, DEAD, QUARANTINED = range(6)
-OUTBOX_STATES: Final = ("queued", "delivered", "expired", "cancelled", "dead", "quarantined")
+QUEUED, DELIVERED, EXPIRED, CANCELLED, DEAD, QUARANTINED, REVOKING = range(7)
+OUTBOX_STATES: Final = ("queued", "delivered", "expired", "cancelled", "dead", "quarantined", "revoking")
 NEW, CLAIMED, DONE, INBOX_DEAD, INBOX_QUARANTINED = range(5)
 
 EFFECT_ATTEMPTS_MAX: Final = 10
@@ -168,7 +168,8 @@ _INSERT_INBOX: Final = """INSERT INTO inbox
     (row, peer, msg_id, lane, meta, body, digest, state, arrived_ms) VALUES (?,?,?,?,?,?,?,?,?)"""
 _INSERT_MESSAGE: Final = "INSERT INTO message (id, msg_id, meta, body, digest, refs) VALUES (?,?,?,?,?,?)"
 _INSERT_OUTBOX: Final = """INSERT INTO outbox
-    (row, peer, msg_id, message, bytes, queued_ms, expires_ms, is_timed) VALUES (?,?,?,?,?,?,?,?)"""
+    (row, peer, msg_id, message, bytes, queued_ms, expires_ms, is_timed, may_repeat)
+    VALUES (?,?,?,?,?,?,?,?,?)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,6 +372,7 @@ class Store:
     def _find_next_expiry(self) -> None:
         self.next_expiry_ms = self._conn.execute(
             f"SELECT min(at) FROM (SELECT min(expires_ms) AS at FROM outbox WHERE state = {QUEUED}"
+            f" UNION ALL SELECT min(expires_ms) FROM outbox WHERE state = {REVOKING}"
             " UNION ALL SELECT min(expires_ms) FROM lifetime)"
         ).fetchone()[0]
 
@@ -785,7 +787,17 @@ class Store:
         for peer in recipients:
             row, self._next_outbox = self._next_outbox, self._next_outbox + 1
             self._new_outbox.append(
-                (row, self._peer_id(peer), raw_id, number, size, now_ms, expires_ms, ttl_ms is not None)
+                (
+                    row,
+                    self._peer_id(peer),
+                    raw_id,
+                    number,
+                    size,
+                    now_ms,
+                    expires_ms,
+                    ttl_ms is not None,
+                    may_repeat,
+                )
             )
             queued.append((peer, row))
         return queued
@@ -844,7 +856,8 @@ class Store:
         self._settlements += 1
         with self._translating():
             self._conn.executemany(
-                f"UPDATE outbox SET state = {DELIVERED}, settled_ms = ? WHERE row = ? AND state = {QUEUED}",
+                f"UPDATE outbox SET state = {DELIVERED}, settled_ms = ?"
+                f" WHERE row = ? AND state IN ({QUEUED}, {REVOKING})",
                 [(now_ms, row) for _, row in rows],
             )
 
@@ -854,7 +867,7 @@ class Store:
         with self._translating():
             self._conn.executemany(
                 f"UPDATE outbox SET state = {DELIVERED}, settled_ms = ?"
-                f" WHERE peer = ? AND msg_id = ? AND state = {QUEUED}",
+                f" WHERE peer = ? AND msg_id = ? AND state IN ({QUEUED}, {REVOKING})",
                 [(now_ms, number, id_to_bytes(one)) for one in ids],
             )
 
@@ -865,15 +878,85 @@ class Store:
         return self._end(peer, message_id, EXPIRED, None, now_ms)
 
     def _end(self, peer: str, message_id: str, state: int, reason: str | None, now_ms: int) -> bool:
-        """End a message that is still queued."""
+        """End a message that is still queued, or was to be withdrawn."""
         self._settlements += 1
         with self._translating():
             cursor = self._conn.execute(
                 "UPDATE outbox SET state = ?, settled_ms = ?, reason = ?"
-                f" WHERE peer = ? AND msg_id = ? AND state = {QUEUED}",
+                f" WHERE peer = ? AND msg_id = ? AND state IN ({QUEUED}, {REVOKING})",
                 (state, now_ms, reason, self._peer_id(peer), id_to_bytes(message_id)),
             )
         return cursor.rowcount == 1
+
+    # -- withdrawing a message ------------------------------------------------------------------------------
+
+    @property
+    def newest_outbox_row(self) -> int:
+        return self._next_outbox - 1
+
+    def outbox_of(self, message_id: str) -> list[tuple[str, int, str, bool]]:
+        self.write_queued()
+        with self._translating():
+            rows = self._conn.execute(
+                "SELECT o.peer, o.row, o.state, o.may_repeat FROM message m JOIN outbox o ON o.message = m.id"
+                " WHERE m.msg_id = ? ORDER BY o.row",
+                (id_to_bytes(message_id),),
+            ).fetchall()
+        return [
+            (self._peer_names[peer], row, OUTBOX_STATES[state], bool(may_repeat))
+            for peer, row, state, may_repeat in rows
+        ]
+
+    def mark_cancelled(self, row: int, now_ms: int) -> None:
+        self._settlements += 1
+        with self._translating():
+            self._conn.execute(
+                f"UPDATE outbox SET state = {CANCELLED}, settled_ms = ? WHERE row = ? AND state = {QUEUED}",
+                (now_ms, row),
+            )
+
+    def mark_revoking(self, row: int) -> None:
+        with self._translating():
+            self._conn.execute(
+                f"UPDATE outbox SET state = {REVOKING} WHERE row = ? AND state = {QUEUED}", (row,)
+            )
+
+    def revoking(self, peer: str, limit: int) -> list[tuple[str, bytes]]:
+        with self._translating():
+            rows = self._conn.execute(
+                "SELECT o.msg_id, m.digest FROM outbox o JOIN message m ON m.id = o.message"
+                f" WHERE o.peer = ? AND o.state = {REVOKING} ORDER BY o.row LIMIT ?",
+                (self._peer_id(peer), limit),
+            ).fetchall()
+        return [(id_from_bytes(raw_id), digest) for raw_id, digest in rows]
+
+    def settle_revoked(
+        self, peer: str, *, held: Sequence[str], free: Sequence[str], now_ms: int
+    ) -> tuple[list[str], list[str]]:
+        self._settlements += 1
+        number, sql = (
+            self._peer_id(peer),
+            (
+                "UPDATE outbox SET state = ?, settled_ms = ?"
+                f" WHERE peer = ? AND msg_id = ? AND state = {REVOKING} RETURNING row"
+            ),
+        )
+        with self._translating():
+            return tuple(  # type: ignore[return-value]  # two lists, as promised
+                [
+                    one
+                    for one in ids
+                    if self._conn.execute(sql, (state, now_ms, number, id_to_bytes(one))).fetchall()
+                ]
+                for state, ids in ((DELIVERED, held), (CANCELLED, free))
+            )
+
+    def unrevoke(self, peer: str) -> None:
+        with self._translating():
+            self._conn.execute(
+                f"UPDATE outbox SET state = {QUEUED} WHERE peer = ? AND state = {REVOKING}",
+                (self._peer_id(peer),),
+            )
 
     def note_acked(self, peer: str, message_id: str, row: int) -> None:
         with self._translating():
@@ -1055,6 +1138,11 @@ class Store:
                 f" peer = ? AND state = {QUEUED} AND row > ? AND expires_ms <= ? LIMIT {_PRUNE_SLICE})"
                 " RETURNING msg_id",
                 (now_ms, self._peer_id(peer), beyond_row, now_ms),
+            ).fetchall()
+            rows += self._conn.execute(
+                f"UPDATE outbox SET state = {EXPIRED}, settled_ms = ? WHERE peer = ? AND state = {REVOKING}"
+                " AND expires_ms <= ? RETURNING msg_id",
+                (now_ms, self._peer_id(peer), now_ms),
             ).fetchall()
         return [id_from_bytes(raw_id) for (raw_id,) in rows]
 

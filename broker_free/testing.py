@@ -33,7 +33,7 @@ from broker_free.limits import Limits
 from broker_free.link import Held, Queued
 from broker_free.message import CONFLICT, Envelope, Message, digest_of, parse_metadata, refusal_of
 from broker_free.registry import Entry, Registry
-from broker_free.tick import Accepted, Effect, Outcome, Publish, Tick, Transact, Tx, Work
+from broker_free.tick import CANCELLED, Accepted, Effect, Outcome, Publish, Tick, Transact, Tx, Work
 
 EPOCH_MS: Final = 1_700_000_000_000  # UTC at the start of every simulation
 
@@ -94,9 +94,10 @@ class OutboxRow(NamedTuple):
     peer: str
     queued: Queued
     expires_ms: int
-    state: Literal["queued", "delivered", "expired", "dead"] = "queued"
+    state: Literal["queued", "revoking", "delivered", "expired", "cancelled", "dead"] = "queued"
     settled_ms: int = 0
     reason: str = ""
+    may_repeat: bool = True
 
 
 class InboxRow(NamedTuple):
@@ -409,7 +410,7 @@ class SimJournal:
                 expires_ms=expires_ms,
                 is_timed=ttl_ms is not None,
             )
-            self._set(self.outbox, row, OutboxRow(peer, queued, expires_ms))
+            self._set(self.outbox, row, OutboxRow(peer, queued, expires_ms, may_repeat=may_repeat))
             self._set(self._rows_of, (peer, message.id), row)
             self._set(self._queued_for(peer), row, queued)
             self._note(message, meta, peer, row)
@@ -428,11 +429,15 @@ class SimJournal:
         self._open.append(attempt)
         self.history.append(attempt)
 
-    def _settle_out(self, number: int, state: Literal["delivered", "expired", "dead"], now_ms: int) -> None:
+    def _settle_out(
+        self, number: int, state: Literal["delivered", "expired", "cancelled", "dead"], now_ms: int
+    ) -> bool:
         row = self.outbox.get(number)
-        if row is not None and row.state == "queued":
-            self._set(self.outbox, number, row._replace(state=state, settled_ms=now_ms))
-            self._delete(self._queued_for(row.peer), number)
+        if row is None or row.state not in ("queued", "revoking"):
+            return False
+        self._set(self.outbox, number, row._replace(state=state, settled_ms=now_ms))
+        self._delete(self._queued_for(row.peer), number)
+        return True
 
     def write_queued(self) -> None:
         """Nothing is put off here; this is one more place to fail at, the last before anything leaves."""
@@ -450,16 +455,63 @@ class SimJournal:
                 self._settle_out(row, "delivered", now_ms)
 
     def mark_dead(self, peer: str, message_id: str, reason: str, now_ms: int) -> bool:
-        row = self._rows_of.get((peer, message_id), 0)
-        is_queued = row in self._queued_for(peer)
-        self._settle_out(row, "dead", now_ms)
-        return is_queued
+        return self._settle_out(self._rows_of.get((peer, message_id), 0), "dead", now_ms)
 
     def mark_expired(self, peer: str, message_id: str, now_ms: int) -> bool:
-        row = self._rows_of.get((peer, message_id), 0)
-        is_queued = row in self._queued_for(peer)
-        self._settle_out(row, "expired", now_ms)
-        return is_queued
+        return self._settle_out(self._rows_of.get((peer, message_id), 0), "expired", now_ms)
+
+    @property
+    def newest_outbox_row(self) -> int:
+        return self._numbers["outbox"] - 1
+
+    def outbox_of(self, message_id: str) -> list[tuple[str, int, str, bool]]:
+        return [
+            (row.peer, number, row.state, row.may_repeat)
+            for number, row in sorted(self.outbox.items())
+            if row.queued.id == message_id
+        ]
+
+    def mark_cancelled(self, row: int, now_ms: int) -> None:
+        self._settle_out(row, "cancelled", now_ms)
+
+    def mark_revoking(self, row: int) -> None:
+        kept = self.outbox[row]
+        self._set(self.outbox, row, kept._replace(state="revoking"))
+        self._delete(self._queued_for(kept.peer), row)
+
+    def _revoking(self, peer: str) -> list[tuple[int, OutboxRow]]:
+        return sorted(
+            (number, row)
+            for number, row in self.outbox.items()
+            if row.state == "revoking" and row.peer == peer
+        )
+
+    def revoking(self, peer: str, limit: int) -> list[tuple[str, bytes]]:
+        return [(row.queued.id, self._digest(row.queued)) for _, row in self._revoking(peer)[:limit]]
+
+    def settle_revoked(
+        self, peer: str, *, held: Sequence[str], free: Sequence[str], now_ms: int
+    ) -> tuple[list[str], list[str]]:
+        numbers = {row.queued.id: number for number, row in self._revoking(peer)}
+        delivered = [one for one in held if one in numbers]
+        cancelled = [one for one in free if one in numbers]
+        for one in delivered:
+            self._settle_out(numbers[one], "delivered", now_ms)
+        for one in cancelled:
+            self._settle_out(numbers[one], "cancelled", now_ms)
+        return delivered, cancelled
+
+    def unrevoke(self, peer: str) -> None:
+        queued = self._queued_for(peer)
+        for number, row in self._revoking(peer):
+            self._set(self.outbox, number, row._replace(state="queued"))
+            self._set(queued, number, row.queued)
+        ordered = sorted(queued.items())
+        queued.clear()
+        queued.update(ordered)
+
+    def _digest(self, queued: Queued) -> bytes:
+        return digest_of(sender=self._me, lane=0, meta=queued.meta, body=queued.body)
 
     def note_acked(self, peer: str, message_id: str, row: int) -> None:
         if row > self.acked.get(peer, ("", 0))[1]:
@@ -490,6 +542,7 @@ class SimJournal:
             for number in self._queued_for(peer)
             if number > beyond_row and self.outbox[number].expires_ms <= now_ms
         ]
+        late += [number for number, row in self._revoking(peer) if row.expires_ms <= now_ms]
         for number in late:
             self._settle_out(number, "expired", now_ms)
             self.counts["message expired"] += 1
@@ -499,8 +552,7 @@ class SimJournal:
 
     def in_doubt(self, peer: str, limit: int) -> list[tuple[str, bytes]]:
         return [
-            (queued.id, digest_of(sender=self._me, lane=0, meta=queued.meta, body=queued.body))
-            for queued in islice(self._queued_for(peer).values(), limit)
+            (queued.id, self._digest(queued)) for queued in islice(self._queued_for(peer).values(), limit)
         ]
 
     def queued_after(self, peer: str, row: int, *, messages: int, size: int) -> list[Queued]:
@@ -1157,6 +1209,11 @@ class Oracle:
         if not is_held and not receiver.has_gone_back:
             raise Violation("I10", f"{node.name} calls {message_id} delivered, and {peer} does not have it")
 
+    def cancelled(self, node: SimNode, message_id: str, peer: str) -> None:
+        """The caller was told that the recipient will never have it."""
+        if (node.name, message_id) in self._nodes[peer].journal.known and not node.has_gone_back:
+            raise Violation("I1", f"{node.name} calls {message_id} cancelled, and {peer} has it")
+
     # -- when all is calm -------------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -1221,6 +1278,8 @@ class Oracle:
                 raise Violation("I10", f"{where} has no row at its sender")
             if row.state == "delivered" and not is_held:
                 raise Violation("I1", f"{where} is lost: delivered, says its sender")
+            if row.state == "cancelled" and is_held:
+                raise Violation("I1", f"{where} is cancelled, says its sender, and was delivered")
             if row.state == "dead" and attempt.id not in self.conflicts:
                 raise Violation("I1", f"{where} is dead: {row.reason}")
         if kept != len(journal.outbox):
@@ -1315,6 +1374,7 @@ class Cluster:
         self._unsure: list[
             tuple[SimNode, Publish]
         ] = []  # not returned: may have happened, may be tried again
+        self._published: deque[tuple[SimNode, str]] = deque(maxlen=6)
         self._has_registry = False
         self._chances: list[tuple[float, Callable[[], None]]] = []
         for number in range(nodes):
@@ -1447,7 +1507,8 @@ class Cluster:
         """Raise Violation unless every invariant holds. Call it after `heal`."""
         self.oracle.check()
         for node in self.nodes.values():
-            if waiting := [row.queued.id for row in node.journal.outbox.values() if row.state == "queued"]:
+            states = ("queued", "revoking")
+            if waiting := [row.queued.id for row in node.journal.outbox.values() if row.state in states]:
                 raise Violation("I6", f"{node.name} still has {waiting} queued")
         if not self.is_settled:
             raise Violation(
@@ -1461,7 +1522,11 @@ class Cluster:
         """Nothing is queued or waiting, every pair has one session that both ends know, registries are alike."""
         for node in self.nodes.values():
             journal = node.journal
-            if any(journal.queued.values()) or not node.is_up or not node.is_idle:
+            if any(journal.queued.values()) or any(
+                row.state == "revoking" for row in journal.outbox.values()
+            ):
+                return False
+            if not node.is_up or not node.is_idle:
                 return False
             if journal.has_due(node.steady_ms + DRAIN_MS_MAX):
                 return False
@@ -1507,6 +1572,7 @@ class Cluster:
 
     def _submit(self, node: SimNode, work: Publish) -> None:
         self.oracle.plain.add(work.message.id)
+        self._published.append((node, work.message.id))
         self._say(f"{node.name} publishes {work.message.id[-4:]} to {work.recipients}")
         node.submit(work)
 
@@ -1516,6 +1582,9 @@ class Cluster:
                 self.oracle.returned(node, work.message.id, work.recipients or result)
                 if self.random.random() < 0.05:  # a caller that did not get the answer
                     self._unsure.append((node, work))
+        for message_id, peer, reason in outcome.dead:
+            if reason == CANCELLED:
+                self.oracle.cancelled(node, message_id, peer)
         for message_id, peer in outcome.delivered:
             self.oracle.delivered(node, message_id, peer)
         self.counts["regression found"] += len(outcome.regressed)
@@ -1644,6 +1713,8 @@ class Cluster:
             self.publish(node.name, "route.x", " ".join(route).encode(), to=node.members)
         elif point < 0.75:
             self._transact(node)
+        elif point < 0.80 and self._published:
+            self._cancel_one()
         elif point < 0.90 and self._unsure:
             self._try_again()
         elif point < 0.95:
@@ -1655,6 +1726,13 @@ class Cluster:
 
     def _publish_one(self, node: SimNode, ttl_ms: int | None = None) -> None:
         self.publish(node.name, "mail.x", b"plain", to=self._some(node), ttl_ms=ttl_ms)
+
+    def _cancel_one(self) -> None:
+        """Withdraw one of the messages that were published last: queued, on the wire, in doubt or delivered."""
+        node, message_id = self._published[self._below(len(self._published))]
+        if node.is_up:
+            self._say(f"{node.name} withdraws {message_id[-4:]}")
+            self.transact(node.name, lambda tx: node.tick and node.tick.cancel(tx, message_id))
 
     def _publish_on(self, node: SimNode) -> None:
         """Publish into what goes wrong now, and to the same recipients a little later."""

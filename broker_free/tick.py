@@ -42,10 +42,21 @@ from broker_free.errors import (
     TransactionMisused,
     UnknownPeer,
 )
-from broker_free.frames import ALARM, CHUNK, CHUNK_GET, INTEREST, PROBE, REGISTRY, Frame
+from broker_free.frames import (
+    ALARM,
+    CHUNK,
+    CHUNK_GET,
+    FLAG_ANSWER,
+    INTEREST,
+    PROBE,
+    REGISTRY,
+    REVOCATION,
+    REVOKE,
+    Frame,
+)
 from broker_free.limits import Limits
-from broker_free.link import Ledger, Link, Queued
-from broker_free.message import Envelope, Message, check_message, new_id
+from broker_free.link import Held, Ledger, Link, Queued
+from broker_free.message import Envelope, Message, check_message, id_to_bytes, new_id
 from broker_free.outside import load_json
 from broker_free.registry import Entry, Key, Registry
 from broker_free.subject import check_pattern, matches
@@ -57,6 +68,8 @@ T = TypeVar("T")
 _SUBJECTS_REMEMBERED = 10_000
 _WAKE_MS_MAX = 60_000
 _ALARMS_REMEMBERED = 10_000
+CANCELLED = "cancelled"  # the reason of a message that its sender withdrew
+_REVOKE_IDS_MAX = 128  # in one frame, so that both the question and its answer fit
 EXPIRED = "expired"  # the reason of a message whose lifetime ran out while it waited
 _LAGGING = "consumers lag behind"
 
@@ -159,6 +172,37 @@ class Journal(Ledger, Protocol):
 
     def note_acked(self, peer: str, message_id: str, row: int) -> None:
         """Remember what `peer` acked under its highest row so far; a lower row changes nothing."""
+        ...
+
+    @property
+    def newest_outbox_row(self) -> int:
+        """The highest row number given out so far."""
+        ...
+
+    def outbox_of(self, message_id: str) -> list[tuple[str, int, str, bool]]:
+        """Return (peer, row, state, whether its caller may have tried it before) of every recipient of a message."""
+        ...
+
+    def mark_cancelled(self, row: int, now_ms: int) -> None:
+        """A queued message that has never left will not."""
+        ...
+
+    def mark_revoking(self, row: int) -> None:
+        """Keep a queued message from being sent (again) until its recipient has said whether it holds it."""
+        ...
+
+    def revoking(self, peer: str, limit: int) -> list[tuple[str, bytes]]:
+        """Return (id, digest) of the messages that `peer` is to be asked about."""
+        ...
+
+    def settle_revoked(
+        self, peer: str, *, held: Sequence[str], free: Sequence[str], now_ms: int
+    ) -> tuple[list[str], list[str]]:
+        """Take in the answer; return which of them became delivered, and which cancelled."""
+        ...
+
+    def unrevoke(self, peer: str) -> None:
+        """Queue them again: this peer cannot be asked."""
         ...
 
     def requeue(self, peer: str, now_ms: int) -> int:
@@ -341,6 +385,16 @@ class _Arrival:
 
 
 @dataclass(slots=True)
+class _Asked:
+    """A REVOKE that waits for this tick's commit."""
+
+    peer: str
+    ids: list[str]
+    digests: list[bytes]
+    held: Held | None = None
+
+
+@dataclass(slots=True)
 class _Inputs:
     """What the frames of this tick ask the transaction for."""
 
@@ -349,6 +403,9 @@ class _Inputs:
     rejected: list[tuple[str, links.Rejected]] = field(default_factory=list)
     expired: list[tuple[str, links.Expired]] = field(default_factory=list)
     regressed: list[str] = field(default_factory=list)
+    asked: list[_Asked] = field(default_factory=list)  # do we hold these messages that a peer wants back?
+    answered: list[tuple[str, list[str], list[str]]] = field(default_factory=list)  # (peer, held, free)
+    unrevoked: list[str] = field(default_factory=list)  # peers that cannot be asked
     registry: Findings = field(default_factory=Findings)
     interests: dict[str, tuple[str, ...]] = field(default_factory=dict)
     has_opened: bool = False  # acks seen earlier are written before a new session's pump reads
@@ -360,6 +417,9 @@ class _Inputs:
             or self.rejected
             or self.expired
             or self.regressed
+            or self.asked
+            or self.answered
+            or self.unrevoked
             or self.registry
             or self.interests
             or self.has_opened
@@ -403,7 +463,12 @@ class Tick:
             ALARM: self._on_alarm,
             CHUNK_GET: self._on_chunk,
             CHUNK: self._on_chunk,
+            REVOKE: self._on_revoke,
         }
+        self._row_at_start: dict[
+            str, int
+        ] = {}  # of each peer: rows up to it may have left in an earlier life
+        self._to_revoke: set[str] = set()  # peers to be asked once this tick is committed
         self._boot = boot
         self._sync = Sync(me=me, registry=registry, limits=limits, random=random, synced_ms=synced_ms)
         self._utc_ms = 0
@@ -470,6 +535,7 @@ class Tick:
         self.links[peer].is_eager = self._is_eager
         if not self._is_eager and self._journal.in_doubt(peer, 1):
             self.links[peer].want()
+        self._row_at_start[peer] = self._journal.newest_outbox_row
         self._places += 1
         self._place[peer] = self._places
         self._stirred.add(peer)
@@ -742,6 +808,10 @@ class Tick:
         self._marks_last.clear()
         self._marks_due_ms = None
         self._acknowledge(inputs)
+        self._answer_asked(inputs)
+        to_revoke, self._to_revoke = self._to_revoke, set()
+        for peer in sorted(to_revoke):
+            self._ask_back(peer)
         outcome.entries = self._spread(outcome.entries, inputs)
         outcome.regressed += inputs.regressed
         self._outcome.extend(outcome)
@@ -773,6 +843,14 @@ class Tick:
         for peer, expired in inputs.expired:
             if journal.mark_expired(peer, expired.id, steady_ms):
                 outcome.dead.append((expired.id, peer, EXPIRED))
+        for peer, held, free in inputs.answered:
+            delivered, cancelled = journal.settle_revoked(peer, held=held, free=free, now_ms=steady_ms)
+            outcome.delivered += [(message_id, peer) for message_id in delivered]
+            outcome.dead += [(message_id, peer, CANCELLED) for message_id in cancelled]
+        for peer in inputs.unrevoked:
+            journal.unrevoke(peer)
+        for asked in inputs.asked:  # after the arrivals: what came before the question counts as held
+            asked.held = journal.held(asked.peer, asked.ids, asked.digests)
         for peer in inputs.regressed:
             count = journal.requeue(peer, steady_ms)
             faults.reach("in-requeue")
@@ -1071,6 +1149,7 @@ class Tick:
         self._inputs.has_opened = True
         self._outcome.opened.append((peer, opened))
         self._tell_interest(peer)
+        self._ask_back(peer)
         self._sync.opened(peer, opened.about, now_ms=self._now_ms, utc_ms=self._utc_ms)
 
     def _tell_interest(self, peer: str) -> None:
@@ -1108,6 +1187,91 @@ class Tick:
 
     def _on_chunk(self, peer: str, frame: Frame) -> None:
         self._outcome.chunks.append((peer, frame))  # after the mail of this tick
+
+    # -- withdrawing a message ------------------------------------------------------------------------------
+
+    def cancel(self, tx: Tx, message_id: str) -> tuple[dict[str, str], list[str]]:
+        """Withdraw a message from those who do not hold it yet.
+
+        Return its state for each recipient, and those for whom it was cancelled just now.
+
+        cancelled: it will never arrive · delivered: it has · revoking: it may have, and the peer is asked as soon as it
+        can be; until then it is not sent · queued: the peer speaks version 1 and cannot be asked. Runs inside a
+        transaction. What has never been on the wire needs no question.
+        """
+        self._write_marks()  # what is known to be delivered is not asked about
+        states: dict[str, str] = {}
+        cancelled: list[str] = []
+        for peer, row, state, may_repeat in self._journal.outbox_of(message_id):
+            states[peer] = state
+            link = self.links.get(peer)
+            if state != "queued":
+                continue
+            # A try before this one may have left early, and its commit failed: then it left under another row.
+            if not may_repeat and not self._may_have_left(peer, row):
+                self._journal.mark_cancelled(row, self._steady_ms)
+                states[peer] = CANCELLED
+                cancelled.append(peer)
+            elif link is None or not link.is_open or link.has(REVOCATION):
+                self._journal.mark_revoking(row)
+                self._to_revoke.add(peer)
+                states[peer] = "revoking"
+        if self._journal.held(self.me, [message_id], ()).have:
+            states[self.me] = "delivered"
+        return states, cancelled
+
+    def _may_have_left(self, peer: str, row: int) -> bool:
+        link = self.links.get(peer)
+        return link is None or row <= self._row_at_start[peer] or link.may_have_left(row)
+
+    def _ask_back(self, peer: str) -> None:
+        """Ask a peer which of the messages to be withdrawn it holds."""
+        link = self.links.get(peer)
+        if link is None or not link.is_open:
+            return
+        wanted = self._journal.revoking(peer, _REVOKE_IDS_MAX)
+        if not wanted:
+            return
+        if not link.has(REVOCATION):
+            self._inputs.unrevoked.append(peer)
+            link.hold_back()
+            return
+        meta = {"ids": [message_id for message_id, _ in wanted]}
+        self._do(peer, link.tell(REVOKE, b"".join(digest for _, digest in wanted), meta))
+
+    def _on_revoke(self, peer: str, frame: Frame) -> None:
+        ids = frame.meta.get("ids")
+        if not isinstance(ids, list) or len(ids) > _REVOKE_IDS_MAX:
+            raise InvalidInput("a REVOKE without a short list of ids")
+        for one in ids:
+            id_to_bytes(one)
+        if frame.flags & FLAG_ANSWER:
+            held = {index for index, _ in links.pairs(frame.meta.get("have")) or ()}
+            self._inputs.answered.append(
+                (
+                    peer,
+                    [one for index, one in enumerate(ids) if index in held],
+                    [one for index, one in enumerate(ids) if index not in held],
+                )
+            )
+            self._to_revoke.add(peer)  # there may be more
+            return
+        digests = links.digests_of(frame.body)
+        if len(digests) != len(ids):
+            raise InvalidInput("a REVOKE without a digest for each id")
+        self._inputs.asked.append(_Asked(peer, ids, digests))
+
+    def _answer_asked(self, inputs: _Inputs) -> None:
+        """Say which of the messages that a peer wants back are on disk here. The others will never be accepted.
+
+        Its DATA and this question came in order, so what is not here by now was lost with an earlier session or
+        refused; and the peer does not send it again.
+        """
+        for asked in inputs.asked:
+            link = self.links.get(asked.peer)
+            if link is not None and asked.held is not None:
+                meta = {"ids": asked.ids, "have": asked.held.have}
+                self._do(asked.peer, link.tell(REVOKE, b"", meta, flags=FLAG_ANSWER))
 
     def _on_alarm(self, peer: str, frame: Frame) -> None:
         """A peer has noticed something that concerns this node."""

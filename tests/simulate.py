@@ -318,6 +318,24 @@ class _NewBeforeBacklog(Tick):
     link_type = _NewBeforeBacklogLink
 
 
+class _CancelWithoutAsking(Tick):
+    """Call a message cancelled though it may be on its way."""
+
+    def _may_have_left(self, peer: str, row: int) -> bool:
+        return False
+
+
+class _AnswerBeforeArrivals(Tick):
+    """Say what is here before what came in front of the question is."""
+
+    def _on_revoke(self, peer: str, frame: Frame) -> None:
+        super()._on_revoke(peer, frame)
+        for asked in self._inputs.asked:
+            asked.held = self._journal.held(asked.peer, asked.ids, asked.digests)
+        self._answer_asked(self._inputs)
+        self._inputs.asked.clear()
+
+
 class _AckBeforeCommit(Tick):
     def _write_inputs(self, inputs: Any, outcome: Any) -> None:  # Any: private to tick
         super()._write_inputs(inputs, outcome)
@@ -364,6 +382,8 @@ BUGS = {
         Bug(name="two-sessions", tick=_TwoSessions, profile=PROFILES["paths"]),
         Bug(name="early-from-inside", tick=_EarlyFromInside),
         Bug(name="new-before-backlog", tick=_NewBeforeBacklog),
+        Bug(name="cancel-without-asking", tick=_CancelWithoutAsking),
+        Bug(name="answer-before-arrivals", tick=_AnswerBeforeArrivals),
         Bug(name="no-regression-check", journal=_NoRegressionCheck, needs_rollback=True),
         Bug(name="id-without-row", journal=_IdWithoutRow, needs_rollback=True, profile=PROFILES["restores"]),
         Bug(

@@ -10,7 +10,7 @@ import pytest
 
 from broker_free import Alarm, Limits, Node
 from broker_free import owner as owners
-from broker_free.errors import Conflict, InvalidInput, TimedOut
+from broker_free.errors import Conflict, InvalidInput, TimedOut, UnknownMessage
 from broker_free.message import new_id
 from tests.test_node import collecting, pair, run, until
 from tests.version1 import Tick1
@@ -299,5 +299,45 @@ def test_a_jump_of_utc_changes_no_lifetime(tmp_path: Path, monkeypatch: pytest.M
             (envelope,) = arrived
             assert envelope.ttl_ms is not None
             assert 0 < envelope.ttl_ms <= 60_000
+
+    run(main())
+
+
+def test_a_message_is_withdrawn_from_whoever_does_not_hold_it_and_never_half(tmp_path: Path) -> None:
+    async def main() -> None:
+        a, b, c = (Node(name, home=tmp_path / name) for name in "abc")
+        at_b = collecting(b)
+        dead: list[tuple[str, str, str]] = []
+        a.on_dead(dead.extend)
+        async with a, b:
+            async with c:
+                await pair(a, b)
+                await pair(a, c)
+                offline, listen = c.node_id, c.endpoints[0]
+            both = await a.publish("t.x", b"both", to=[b.node_id, offline])
+            await until(lambda: at_b)
+            states = (await a.cancel(both.id, timeout=0.2)).states
+            assert states == {b.node_id: "delivered", offline: "cancelled"}
+            with pytest.raises(InvalidInput, match="cancelled"):
+                await both.delivered(5)
+            assert dead == [(both.id, offline, "cancelled")]
+            with pytest.raises(UnknownMessage):
+                await a.cancel(new_id(0))
+
+            own_id = new_id(1)
+            await a.publish("t.x", b"in doubt", to=[offline], message_id=own_id)
+            later = await a.cancel(own_id, timeout=0.1)
+            assert (later.pending, later.cancelled) == ((offline,), ())
+        again = Node("a", home=tmp_path / "a")
+        again.on_dead(dead.extend)
+        c = Node("c", home=tmp_path / "c", listen=listen)
+        at_c = collecting(c)
+        async with again, c:
+            await until(lambda: (own_id, offline, "cancelled") in dead, 20)
+            last = await again.publish("t.x", b"last", to=[offline])
+            await last.delivered(10)
+            await until(lambda: at_c)
+            assert [envelope.body for envelope in at_c] == [b"last"]
+            assert (await again.cancel(last.id)).held == (offline,)
 
     run(main())

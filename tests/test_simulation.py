@@ -33,6 +33,8 @@ CAUGHT_WITHIN = {
     "two-sessions": 1_000,
     "early-from-inside": 300,
     "new-before-backlog": 200,
+    "cancel-without-asking": 300,
+    "answer-before-arrivals": 1_000,
     "no-regression-check": 200,
     "id-without-row": 8_000,
     "marks-outlive-session": 2_500,

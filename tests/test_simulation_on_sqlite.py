@@ -183,6 +183,36 @@ class TwinJournal(SimJournal):
         is_over = super().mark_expired(peer, message_id, now_ms)
         return bool(the_same(is_over, self.real.mark_expired(peer, message_id, now_ms)))
 
+    @property
+    def newest_outbox_row(self) -> int:
+        return int(the_same(super().newest_outbox_row, self.real.newest_outbox_row))
+
+    def outbox_of(self, message_id: str) -> list[tuple[str, int, str, bool]]:
+        return the_same(super().outbox_of(message_id), self.real.outbox_of(message_id))  # type: ignore[no-any-return]  # as above
+
+    def mark_cancelled(self, row: int, now_ms: int) -> None:
+        super().mark_cancelled(row, now_ms)
+        self.real.mark_cancelled(row, now_ms)
+
+    def mark_revoking(self, row: int) -> None:
+        super().mark_revoking(row)
+        self.real.mark_revoking(row)
+
+    def revoking(self, peer: str, limit: int) -> list[tuple[str, bytes]]:
+        return the_same(super().revoking(peer, limit), self.real.revoking(peer, limit))  # type: ignore[no-any-return]  # as above
+
+    def settle_revoked(
+        self, peer: str, *, held: Sequence[str], free: Sequence[str], now_ms: int
+    ) -> tuple[list[str], list[str]]:
+        return the_same(  # type: ignore[no-any-return]  # as above
+            super().settle_revoked(peer, held=held, free=free, now_ms=now_ms),
+            self.real.settle_revoked(peer, held=held, free=free, now_ms=now_ms),
+        )
+
+    def unrevoke(self, peer: str) -> None:
+        super().unrevoke(peer)
+        self.real.unrevoke(peer)
+
     def note_acked(self, peer: str, message_id: str, row: int) -> None:
         super().note_acked(peer, message_id, row)
         self.real.note_acked(peer, message_id, row)

@@ -12,7 +12,7 @@ from broker_free.errors import Conflict, OutcomeUnknown, UnknownPeer
 from broker_free.frames import Frame
 from broker_free.limits import Limits
 from broker_free.link import Action, Link
-from broker_free.message import Envelope, Message, new_id
+from broker_free.message import Envelope, Message, digest_of, new_id
 from broker_free.registry import Registry
 from broker_free.testing import SimJournal
 from broker_free.tick import Outcome, Publish, Tick, Transact, Tx
@@ -62,22 +62,26 @@ class Node:
     def open(self) -> None:
         self.tick.add_peer(PEER)
         self.run()
+        self._greet(version=2)
+        self.wire.log.clear()
+        self.wire.frames.clear()
+
+    def open_again(self, *, version: int = 2) -> None:
+        """Dial and greet once more after a lost session."""
+        self.wire.frames.clear()
+        self.tick.redial_now(PEER)
+        self.run()
+        self._greet(version=version)
+
+    def _greet(self, *, version: int) -> None:
         self.tick.connected(CONN)
         (hello,) = self.wire.frames
-        answer = {
-            "node_id": PEER,
-            "boot": 1,
-            "in_doubt": [],
-            "nonce": 5,
-            "have": [],
-            "protocol": [1, 2],
-            "features": sorted(frames.FEATURES),
-        }
+        answer: dict[str, Any] = {"node_id": PEER, "boot": 1, "in_doubt": [], "nonce": 5, "have": []}
+        if version > 1:
+            answer |= {"protocol": [1, version], "features": sorted(frames.FEATURES)}
         self.session = hello.session
         self.receive(Frame(kind=frames.HELLO_OK, meta=answer, credit_messages=9, credit_kib=99))
         self.run()
-        self.wire.log.clear()
-        self.wire.frames.clear()
 
     def receive(self, frame: Frame) -> None:
         stamped = replace(frame, session=self.session)
@@ -476,3 +480,107 @@ def test_an_effect_that_failed_is_not_tried_again_after_the_lifetime_of_its_mess
     one.run(steady_ms=UTC + 1_000_000)
     assert len(seen) == tries + 2
     assert [row.state for row in one.journal.inbox.values()] == ["dead"]
+
+
+# -- withdrawing a message --------------------------------------------------------------------------------------
+
+
+def cancel(one: Node, message_id: str) -> dict[str, str]:
+    ((_, (states, _)),) = one.run(Transact(fn=one.tick.cancel, args=(message_id,))).results
+    return states  # type: ignore[no-any-return]  # as cancel says
+
+
+def fresh(*to: str) -> Publish:
+    """A publish under an id that was just made."""
+    work = plain(*to)
+    work.may_repeat = False
+    return work
+
+
+def questions(one: Node) -> list[Frame]:
+    return [frame for frame in one.wire.frames if frame.kind == frames.REVOKE and not frame.flags]
+
+
+def test_what_has_never_left_is_cancelled_at_once() -> None:
+    one = node()
+    one.receive(Frame(kind=frames.CREDIT))
+    work = fresh(PEER)
+    one.run(work)
+    assert cancel(one, work.message.id) == {PEER: "cancelled"}
+    one.receive(Frame(kind=frames.CREDIT, credit_messages=9, credit_kib=9))
+    one.run()
+    assert "DATA" not in one.wire.log
+    assert [row.state for row in one.journal.outbox.values()] == ["cancelled"]
+
+
+def test_what_may_have_left_is_asked_about_and_not_sent_again_before_the_answer() -> None:
+    one = node()
+    works = [fresh(PEER), fresh(PEER)]
+    one.run(*works)
+    for work in works:
+        assert cancel(one, work.message.id) == {PEER: "revoking"}
+    question = questions(one)[-1]
+    ids = [work.message.id for work in works]
+    assert (question.meta["ids"], len(question.body)) == (ids, 32)
+    answer = Frame(kind=frames.REVOKE, flags=frames.FLAG_ANSWER, meta={"ids": ids, "have": [[1, 7]]})
+    one.receive(answer)
+    outcome = one.run()
+    assert outcome.delivered == [(ids[1], PEER)]
+    assert outcome.dead == [(ids[0], PEER, "cancelled")]
+    assert [row.state for row in one.journal.outbox.values()] == ["cancelled", "delivered"]
+
+
+def test_a_message_that_was_tried_before_under_its_own_id_is_asked_about() -> None:
+    one = node()
+    one.receive(Frame(kind=frames.CREDIT))
+    work = plain(PEER)
+    one.run(work)
+    assert cancel(one, work.message.id) == {PEER: "revoking"}, (
+        "an earlier try may have left before its commit failed"
+    )
+
+
+def test_a_node_that_is_asked_answers_after_its_commit_and_counts_what_came_before_the_question() -> None:
+    one = node()
+    message_id = one.deliver(1, "a.b")
+    digest = digest_of(
+        sender=PEER, lane=0, meta=f'{{"id":"{message_id}","subject":"a.b"}}'.encode(), body=b""
+    )
+    other = new_id(UTC)
+    one.receive(Frame(kind=frames.REVOKE, meta={"ids": [message_id, other]}, body=digest * 2))
+    one.run()
+    assert one.wire.log == ["commit", "ACK", "REVOKE"]
+    answer = one.wire.frames[-1]
+    assert (answer.flags, answer.meta) == (frames.FLAG_ANSWER, {"ids": [message_id, other], "have": [(0, 1)]})
+
+
+def test_a_failed_commit_answers_no_question() -> None:
+    one = node()
+    one.receive(Frame(kind=frames.REVOKE, meta={"ids": [new_id(UTC)]}, body=b"x" * 16))
+    one.journal.fail = "commit"
+    one.run()
+    assert "REVOKE" not in one.wire.log
+
+
+def test_what_is_to_be_withdrawn_is_asked_about_again_in_the_next_session() -> None:
+    one = node()
+    work = fresh(PEER)
+    one.run(work)
+    one.receive(Frame(kind=frames.BYE))
+    assert cancel(one, work.message.id) == {PEER: "revoking"}
+    assert questions(one) == []
+    one.open_again()
+    assert [question.meta["ids"] for question in questions(one)] == [[work.message.id]]
+    assert "DATA" not in one.wire.log[-4:]
+
+
+def test_a_peer_of_version_1_cannot_be_asked_and_gets_the_message() -> None:
+    one = node()
+    work = fresh(PEER)
+    one.run(work)
+    one.receive(Frame(kind=frames.BYE))
+    cancel(one, work.message.id)
+    one.open_again(version=1)
+    assert questions(one) == []
+    assert one.wire.log[-1] == "DATA"
+    assert cancel(one, work.message.id) == {PEER: "queued"}

@@ -83,6 +83,7 @@ EXIT_CODES: dict[str, int] = {
     "ambiguous-address": 2,
     "ambiguous-id": 2,
     "unknown-peer": 3,
+    "unknown-message": 3,
     "unknown-address": 3,
     "not-found": 3,
     "timed-out": 4,

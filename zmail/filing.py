@@ -23,7 +23,8 @@ from zmail.wire import Letter
 
 TAIL_CHARS = 6  # the shortest end of an id that names a brief
 _IDS_A_QUERY = 500  # below what one statement may bind
-_OUTBOX_STATES = (QUEUED, DELIVERED, EXPIRED, CANCELLED, DEAD)  # as the outbox numbers them
+# As the outbox numbers them; what is quarantined will never leave, what is being withdrawn may still arrive.
+_OUTBOX_STATES = (QUEUED, DELIVERED, EXPIRED, CANCELLED, DEAD, DEAD, QUEUED)
 _OUTBOX_STATE = """SELECT outbox.state, outbox.reason FROM outbox JOIN peer ON peer.id = outbox.peer
     WHERE peer.node_id = ? AND outbox.msg_id = ?"""
 _COLUMNS = frozenset({"title", "body", "thread", "reply_to", "priority", "project", "intent"})
