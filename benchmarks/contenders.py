@@ -29,6 +29,9 @@ WINDOW = 256  # un-acknowledged messages
 PUSHED = 25  # notices a round: with the untimed ones fewer than the 30 that a session takes in a row
 PUSH_GAP_MS = 20.0  # the node writes down that it announced a brief before it announces the next
 
+BLOB_BYTES = 50 << 20
+QUIET_LETTERS = 200
+
 START_S = 20.0
 
 
@@ -192,6 +195,41 @@ class NodesThroughput(Nodes):
         answer = self.sender.ask("pump", to=self._to, count=count, window=WINDOW, body_bytes=BODY_BYTES)
         seconds: float = answer["took_ns"] / 1e9
         return seconds
+
+
+class NodesBlob(Nodes):
+    def start(self, lab: Lab) -> None:
+        super().start(lab)
+        self._letters(gap_ms=0)
+        self._transfer()
+
+    def measure(self) -> Metrics:
+        metrics: Metrics = {"alone.rate": self._transfer()}
+        for name, gap_ms in (("b2b", 0.0), ("paced", GAP_MS)):
+            metrics |= latency(f"quiet.{name}", self._letters(gap_ms=gap_ms))
+            beside, metrics[f"beside.{name}.rate"] = self._letters_beside_a_transfer(gap_ms=gap_ms)
+            metrics |= latency(f"beside.{name}", beside)
+        return metrics
+
+    def _letters(self, *, gap_ms: float) -> list[int]:
+        self.receiver.begin("watch", count=QUIET_LETTERS)
+        sent = self.sender.ask("send", to=self._to, count=QUIET_LETTERS, gap_ms=gap_ms, body_bytes=BODY_BYTES)
+        self.receiver.answer()
+        samples: list[int] = sent["acked_ns"]
+        return samples
+
+    def _transfer(self) -> float:
+        """Megabytes a second of a blob that is fetched alone."""
+        blob = self.sender.ask("put", to=self._to, size=BLOB_BYTES)["blob"]
+        took_ns: int = self.receiver.ask("fetch", blob=blob)["took_ns"]
+        return BLOB_BYTES / took_ns * 1e3
+
+    def _letters_beside_a_transfer(self, *, gap_ms: float) -> tuple[list[int], float]:
+        blob = self.sender.ask("put", to=self._to, size=BLOB_BYTES)["blob"]
+        self.sender.begin("send_while_fetched", to=self._to, gap_ms=gap_ms, body_bytes=BODY_BYTES)
+        took_ns: int = self.receiver.ask("fetch", blob=blob)["took_ns"]
+        samples: list[int] = self.sender.answer()["acked_ns"]
+        return samples, BLOB_BYTES / took_ns * 1e3
 
 
 class Push:

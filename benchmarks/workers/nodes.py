@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 STAMPED = "bench.stamped"  # the body begins with the moment of sending
 PUMPED = "bench.pumped"  # the body means nothing
+OFFERED = "bench.offered"  # with a blob
+BEGUN, FETCHED = "bench.begun", "bench.fetched"  # what its recipient does with it
 ROUND_S = 100.0  # a node that stops delivering ends its round, before the harness loses patience
 
 Command = Callable[..., Awaitable[Answer]]
@@ -27,6 +30,34 @@ Command = Callable[..., Awaitable[Answer]]
 class Sender:
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._is_fetching = asyncio.Event()
+        self._is_fetched = asyncio.Event()
+        node.effect(BEGUN, lambda tx, envelope: tx.after_commit(self._is_fetching.set))
+        node.effect(FETCHED, lambda tx, envelope: tx.after_commit(self._is_fetched.set))
+
+    async def put(self, *, to: str, size: int) -> Answer:
+        """A blob of noise that the peer may fetch."""
+        blob = await self._node.put_blob(os.urandom(size))
+        receipt = await self._node.publish(OFFERED, b"", to=[to], blobs=[blob.id])
+        await receipt.delivered()
+        self._is_fetching.clear()  # of the blob before
+        self._is_fetched.clear()
+        return {"blob": blob.id}
+
+    async def send_while_fetched(self, *, to: str, gap_ms: float, body_bytes: int) -> Answer:
+        """As `send`, from the moment a peer has begun to fetch a blob until it has all of it."""
+        body = bytes(body_bytes)
+        acked: list[int] = []
+        async with asyncio.timeout(ROUND_S):
+            await self._is_fetching.wait()
+            turns = _paced(1_000_000, gap_ms)
+            while not self._is_fetched.is_set():
+                await anext(turns)
+                begun = time.monotonic_ns()
+                receipt = await self._node.publish(PUMPED, body, to=[to])
+                await receipt.delivered()
+                acked.append(time.monotonic_ns() - begun)
+        return {"acked_ns": acked}
 
     async def join(self, *, code: str) -> Answer:
         peer = await self._node.join(code)
@@ -69,10 +100,27 @@ class Receiver:
         self._seen: asyncio.Queue[int] = asyncio.Queue()
         node.effect(STAMPED, self._note_arrival)
         node.effect(PUMPED, lambda tx, envelope: None)
+        node.effect(OFFERED, lambda tx, envelope: None)
 
     async def invite(self) -> Answer:
         invitation = await self._node.invite()
         return {"code": invitation.encode()}
+
+    async def fetch(self, *, blob: str) -> Answer:
+        """Fetch a blob from the other node, telling it when that has begun and when it is over."""
+        (peer,) = (view.node_id for view in self._node.peers())
+        begins = asyncio.Event()
+        begun = time.monotonic_ns()
+        fetching = asyncio.ensure_future(
+            self._node.fetch_blob(blob, peer=peer, on_progress=lambda *_: begins.set())
+        )
+        await begins.wait()
+        await self._node.publish(BEGUN, b"", to=[peer])
+        await fetching
+        took_ns = time.monotonic_ns() - begun
+        receipt = await self._node.publish(FETCHED, b"", to=[peer])
+        await receipt.delivered()
+        return {"took_ns": took_ns}
 
     async def watch(self, *, count: int) -> Answer:
         """How long each of the next `count` messages took until it could be seen here, committed."""
@@ -110,10 +158,16 @@ async def _run(role: str, home: Path) -> None:
     commands: dict[str, Command]
     if role == "sender":
         sender = Sender(node)
-        commands = {"join": sender.join, "send": sender.send, "pump": sender.pump}
+        commands = {
+            "join": sender.join,
+            "send": sender.send,
+            "pump": sender.pump,
+            "put": sender.put,
+            "send_while_fetched": sender.send_while_fetched,
+        }
     else:
         receiver = Receiver(node)
-        commands = {"invite": receiver.invite, "watch": receiver.watch}
+        commands = {"invite": receiver.invite, "watch": receiver.watch, "fetch": receiver.fetch}
     async with node:
         await _serve(commands, ready={"node_id": node.node_id})
 
