@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from broker_free.blob import (
 )
 from broker_free.errors import (
     BlobDamaged,
+    BlobFailed,
     DiskLow,
     InvalidInput,
     NodeClosed,
@@ -409,6 +411,59 @@ def test_letters_pass_a_large_transfer_in_both_directions(tmp_path: Path) -> Non
             assert not fetching.done()
             assert delivered_at[-1] < size / 2, "ten letters in a row took half of the transfer"
             assert (await fetching).stat().st_size == size
+
+    run(main())
+
+
+def test_letters_pass_while_the_disk_of_the_blobs_hangs_on_both_sides(tmp_path: Path) -> None:
+    async def main() -> None:
+        a, b = Node("a", home=tmp_path / "a"), Node("b", home=tmp_path / "b")
+        for node in (a, b):
+            node.effect("letter", lambda tx, envelope: None)
+        async with a, b:
+            await pair(a, b)
+            body = content(1, 2 * MIB)
+            blob_id = await offer(a, b, body)
+            reading, writing, goes_on = threading.Event(), threading.Event(), threading.Event()
+            assert a._owner is not None
+            assert b._owner is not None
+            read, keep = a._owner.blobs.read, b._owner.blobs.keep
+
+            def slow_read(blob_id: str, piece: Piece, **more: bool) -> bytes:
+                if piece.at == 5:
+                    reading.set()
+                    goes_on.wait(60)
+                return read(blob_id, piece, **more)
+
+            def slow_keep(blob_id: str, index: int, chunk: bytes) -> None:
+                if index == 2:
+                    writing.set()
+                    goes_on.wait(60)
+                keep(blob_id, index, chunk)
+
+            a._owner.blobs.read = slow_read  # type: ignore[method-assign]  # a disk that hangs
+            b._owner.blobs.keep = slow_keep  # type: ignore[method-assign]
+            fetching = asyncio.ensure_future(b.fetch_blob(blob_id, peer=a.node_id))
+            await until(lambda: reading.is_set() and writing.is_set())
+            for sender, recipient in ((a, b), (b, a)):
+                receipt = await sender.publish("letter", b"", to=[recipient.node_id])
+                await receipt.delivered(30)
+            assert not fetching.done()
+            goes_on.set()
+            assert (await fetching).read_bytes() == body
+
+    run(main())
+
+
+def test_a_peer_of_a_version_without_large_bodies_is_not_asked(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a, Node("b", home=tmp_path / "b") as b:
+            await pair(a, b)
+            blob_id = await offer(a, b, b"content")
+            assert b._owner is not None
+            b._owner._tick.speaks = lambda peer, feature: False  # type: ignore[method-assign]  # as its greeting says
+            with pytest.raises(BlobFailed, match="cannot send large bodies"):
+                await b.fetch_blob(blob_id, peer=a.node_id)
 
     run(main())
 
