@@ -64,9 +64,8 @@ UNREADABLE: Final = "unreadable"  # the disk said no
 
 MISMATCHES_MAX: Final = 3  # of one source for one blob, then it is asked no more
 BUSY_PAUSE_MS: Final = 100
-DELAY_MS_MAX: Final = (
-    25  # waiting behind own chunks that a letter may see on a short line; RFC 6817 says ≤ 100
-)
+# Waiting behind own chunks that a letter may see on a short line; RFC 6817 would allow 100.
+DELAY_MS_MAX: Final = 10
 GRANTS_REMEMBERED: Final = 1_000  # of one session
 
 
