@@ -328,6 +328,8 @@ class Sync:
     def committed(self, own: Sequence[Entry]) -> list[Say]:
         """Push this node's own new entries, forward what others wrote, and send what was wanted."""
         says: list[Say] = []
+        if not (own or self._rumors or self._fills):
+            return says
         if own and self._peers:
             says += self._push(own, tuple(self._peers), frozenset())
         rumors, self._rumors = self._rumors, []
@@ -384,15 +386,15 @@ class Sync:
         """Return when `converse` or `keep_house` has something to do though nothing arrives."""
         if self._questions or (self._wanted and len(self._rounds) < _ASKING_MAX):
             return now_ms
-        times = [
-            one.deadline_ms if one.page or one.leaves is None else one.page_due_ms
-            for one in self._rounds.values()
-        ]
+        wake_ms = self._house_due_ms
+        for one in self._rounds.values():
+            is_waiting = one.page or one.leaves is None
+            wake_ms = min(wake_ms, one.deadline_ms if is_waiting else one.page_due_ms)
         if self._gossip:
-            times.append(self._gossip_due_ms)
-        if self._due_ms is not None and self._peers:
-            times.append(self._due_ms)
-        return max(now_ms, min([*times, self._house_due_ms]))
+            wake_ms = min(wake_ms, self._gossip_due_ms)
+        if self._due_ms is not None and self._due_ms < wake_ms and self._peers:
+            wake_ms = self._due_ms
+        return max(now_ms, wake_ms)
 
     def _schedule(self, now_ms: int) -> None:
         if self._due_ms is None:

@@ -1065,6 +1065,10 @@ class Tick:
     def _spread(self, own: Sequence[Entry], inputs: _Inputs) -> list[Entry]:
         """Make registry entries and interests count, and tell the peers. Returns the entries in their order."""
         registry, found = self.registry, inputs.registry
+        self.interests.update(inputs.interests)
+        if not (own or found):
+            self._say(self._sync.committed(()))
+            return []
         gone = [
             replace(entry, value=None)
             for at in found.drops
@@ -1073,7 +1077,6 @@ class Tick:
         registry.drop(found.drops)
         registry.apply(own, own=True)
         registry.apply(found.entries.values())
-        self.interests.update(inputs.interests)
         written = [entry for entry in found.entries.values() if entry.origin == self.me]
         self._say(self._sync.committed([*own, *written]))
         return [*gone, *found.entries.values(), *own]
