@@ -9,6 +9,7 @@ BrokerFreeError
 ├ UnknownMessage          no such message in this node's outbox
 ├ UnknownPeer             no such member of the mesh
 ├ PairingRefused          an invitation that is wrong, used or over
+├ MeshFull                as many members as `Limits` allows
 ├ UnsuitableHome          a state folder that cannot keep the promises
 │ └ NodeInUse             another process holds this home
 ├ AddressInUse            the port to listen on is taken
@@ -78,6 +79,10 @@ class UnknownPeer(BrokerFreeError):
 
 class PairingRefused(BrokerFreeError):
     code = "pairing-refused"
+
+
+class MeshFull(BrokerFreeError):
+    code = "mesh-full"
 
 
 class UnsuitableHome(BrokerFreeError):

@@ -47,6 +47,8 @@ POINTS: Final = {
     "join-sent": "this side has asked to join",
     "inviter-saved": "the answer has come; the inviter is written, not committed",
     "inviter-admitted": "the inviter is on disk and may be dialled; the caller was not told",
+    "keys-replaced": "the key file names this node's next key; it still uses the one before",
+    "key-saved": "a peer's next key is written, not committed",
     "job-done": "a job is settled and its function has run, not committed",
     "pruned": "one slice of old rows is deleted, not committed",
 }

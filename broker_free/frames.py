@@ -62,6 +62,8 @@ REGISTRY: Final = 19
 CHUNK_GET: Final = 20  # large bodies: blob.py
 CHUNK: Final = 21
 ALARM: Final = 22
+KEY: Final = 24
+KEY_OK: Final = 25
 
 NAMES: Final = {
     HELLO: "HELLO",
@@ -85,6 +87,8 @@ NAMES: Final = {
     CHUNK_GET: "CHUNK_GET",
     CHUNK: "CHUNK",
     ALARM: "ALARM",
+    KEY: "KEY",
+    KEY_OK: "KEY_OK",
 }
 
 FLAG_PACK: Final = 1  # DATA: several records

@@ -48,6 +48,7 @@ class Limits:
     resolve_timeout_ms: int = 5_000  # for the address of a host name
     resolvers_max: int = 4  # host names looked up at once; each holds a thread
     unread_bytes_max: int = 64 * MIB  # sent on one connection without completing a message
+    former_key_ms: int = 30 * DAY_MS  # a key that was replaced is kept for members that were away
     block_ms: int = 60_000  # how long a peer that sent without end stays out
 
     credit_messages: int = 256  # un-acked messages a peer may have on the wire

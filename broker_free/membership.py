@@ -41,6 +41,7 @@ class Member:
     name: str
     public_key: bytes
     endpoints: tuple[str, ...]
+    first_key: bytes = b""  # whose hash the node id is, where that is not `public_key`
     beat_endpoint: str = ""
     interests: tuple[str, ...] = ()
     seen_ms: int = 0
@@ -48,7 +49,7 @@ class Member:
     introduced: int = 0  # stamp of the introduction that counts
 
 
-def member_from(about: object, *, node_id: str, public_key: bytes) -> Member | None:
+def member_from(about: object, *, node_id: str, public_key: bytes, first_key: bytes = b"") -> Member | None:
     """Read what a node says of itself. None when it is not of the right shape."""
     if not isinstance(about, Mapping):
         return None
@@ -62,7 +63,12 @@ def member_from(about: object, *, node_id: str, public_key: bytes) -> Member | N
     if not 0 < len(name) <= NAME_CHARS_MAX or not name.isprintable():
         return None
     return Member(
-        node_id=node_id, name=name, public_key=public_key, endpoints=tuple(endpoints), beat_endpoint=beat
+        node_id=node_id,
+        name=name,
+        public_key=public_key,
+        first_key=first_key,
+        endpoints=tuple(endpoints),
+        beat_endpoint=beat,
     )
 
 
@@ -71,13 +77,22 @@ def about_of(member: Member) -> dict[str, Any]:
     return {"name": member.name, "endpoints": list(member.endpoints), "beat": member.beat_endpoint}
 
 
-def is_key_of(node_id: str, *, public_key: bytes, first_key: bytes) -> bool:
-    """Say whether a node may have this key: its id is the hash of its first one."""
+def keys_from(said: Mapping[str, Any], *, node_id: object) -> tuple[bytes, bytes] | None:
+    """Read the key of a node and the first it had, if another. None when the first one is not that of the id."""
+    texts = said.get("key"), said.get("first_key", "")
+    if not all(isinstance(text, str) and text.isascii() for text in texts):
+        return None
+    public_key, first_key = (str(text).encode() for text in texts)
     try:
         node_id_of(public_key)
-        return node_id_of(first_key) == node_id
+        return (public_key, first_key) if node_id_of(first_key or public_key) == node_id else None
     except InvalidInput:
-        return False
+        return None
+
+
+def keys_of(member: Member) -> dict[str, Any]:
+    """Write what `keys_from` reads."""
+    return {"key": member.public_key.decode(), "first_key": member.first_key.decode()}
 
 
 # Records -----------------------------------------------------------------------------------------------------
@@ -101,14 +116,9 @@ def word_key(writer: str, subject: str) -> str:
     return f"{writer}.{subject}"
 
 
-def introduction(member: Member, *, first_key: bytes) -> dict[str, Any]:
+def introduction(member: Member) -> dict[str, Any]:
     """Make the value of a record that introduces."""
-    return {
-        "is": "in",
-        "key": member.public_key.decode(),
-        "first_key": first_key.decode(),
-        "about": about_of(member),
-    }
+    return {"is": "in", **keys_of(member), "about": about_of(member)}
 
 
 def removal() -> dict[str, Any]:
@@ -124,15 +134,10 @@ def word_of(entry: Entry) -> Word | None:
         return None
     if value.get("is") == "out":
         return Word(writer=writer, subject=subject, stamp=entry.stamp)
-    key, first_key = value.get("key"), value.get("first_key")
-    if value.get("is") != "in" or not isinstance(key, str) or not isinstance(first_key, str):
+    keys = keys_from(value, node_id=subject)
+    if value.get("is") != "in" or keys is None:
         return None
-    if not (key.isascii() and first_key.isascii()):
-        return None
-    public_key = key.encode()
-    if not is_key_of(subject, public_key=public_key, first_key=first_key.encode()):
-        return None
-    member = member_from(value.get("about"), node_id=subject, public_key=public_key)
+    member = member_from(value.get("about"), node_id=subject, public_key=keys[0], first_key=keys[1])
     if member is None:
         return None
     return Word(writer=writer, subject=subject, stamp=entry.stamp, member=member)

@@ -1,29 +1,43 @@
-"""The members in the owner thread: whose key is let in, where each is dialled, how a code pairs two nodes.
+"""The members in the owner thread: whose key is let in, where each is dialled, and what follows when the roll changes.
 
-What a record means is decided in `membership.py`; sessions and messages are the tick's business. Everything here
-runs in the owner thread, except `join`, which is the loop's side of it.
+Who belongs is decided in `membership.py` from records in the registry; how a new node comes in, in `pairing.py`;
+sessions and messages are the tick's business.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from broker_free import faults, frames
-from broker_free.clock import mono_ms, utc_ms
-from broker_free.errors import InvalidInput, PairingRefused, TimedOut
+from broker_free.clock import mono_ms
+from broker_free.errors import UnknownPeer
 from broker_free.frames import Frame
-from broker_free.futures import fail, succeed
-from broker_free.membership import Member, member_from
-from broker_free.security import Invitation, KeyPair, node_id_of
+from broker_free.limits import Limits
+from broker_free.membership import (
+    MEMBERS,
+    WHEREABOUTS,
+    Member,
+    Roll,
+    about_of,
+    introduction,
+    keys_from,
+    member_from,
+    removal,
+    roll_of,
+    taken_over,
+    word_key,
+    word_of,
+)
+from broker_free.outside import Refusals
+from broker_free.registry import Entry
+from broker_free.security import NodeKeys
 from broker_free.tick import Tick, Tx
-from broker_free.transport import Transport, public_of
+from broker_free.transport import Transport
 from broker_free.watch import Watch
 
 if TYPE_CHECKING:
@@ -33,12 +47,11 @@ log = logging.getLogger("broker_free")
 
 T = TypeVar("T")
 
-JOIN_USER: Final = "join:"  # user id of a connection that holds a one-time key and may only send JOIN
-_JOIN_TIMEOUT_S: Final = 10.0
-
 
 class Host(Protocol):
     """What the owner thread lends to the mesh."""
+
+    refusals: Refusals
 
     def transact(self, fn: Callable[..., object], *args: Any) -> None:  # Any: handed through to fn
         """Queue `fn(tx, *args)` for the next transaction."""
@@ -56,278 +69,353 @@ class Host(Protocol):
         """Have the event loop run `fn(*args)`."""
         ...
 
-    def view_changed(self, peer: str) -> None: ...
-    def tell_views(self) -> None: ...
+    def tell_dead(self, dead: list[tuple[str, str, str]]) -> None:
+        """Tell those who wait that (message id, peer, reason) will never be delivered; on the loop."""
+        ...
 
-
-@dataclass(slots=True)
-class _Joining:
-    conn: int
-    invitation: Invitation
-    future: asyncio.Future[Member]
+    def member_changed(self, peer: str) -> None: ...
+    def member_left(self, peer: str) -> None:
+        """Forget what is known of a peer, and cut its connections."""
+        ...
 
 
 class Mesh:
-    """The table of members, and pairing."""
+    """The table of members."""
 
-    def __init__(self, *, host: Host, name: str, node_id: str, keys: KeyPair, store: Store) -> None:
+    def __init__(
+        self, *, host: Host, name: str, node_id: str, keys: NodeKeys, store: Store, limits: Limits
+    ) -> None:
         self.members: dict[str, Member] = {}
+        self.roll = Roll()
         self.endpoints: list[str] = []  # where this node listens
         self.advertise: tuple[str, ...] = ()  # where others reach it, if that is another place
         self.beat_endpoint = ""
+        self.name = name
+        self.me = node_id
+        self.keys = keys
         self.tick: Tick
         self.transport: Transport
         self.watch: Watch
         self._host = host
-        self._name = name
-        self._me = node_id
-        self._keys = keys
         self._store = store
+        self._limits = limits
         self._by_key: dict[bytes, str] = {}  # public key -> node id
-        self._invited: dict[bytes, int] = {}  # one-time public key -> expiry, UTC
-        self._joining: _Joining | None = None
+        self._bound: dict[str, Member] = {}  # members as the store had them at the start: their keys count
+        self._unvouched: set[str] = set()  # members of an older store, about whom no record is written yet
         self._dial_turn: dict[str, int] = {}
+        self._insists: set[str] = set()  # peers that know only this node's former key
+        self._dialled: dict[int, tuple[str, bool]] = {}  # conn -> peer, with the former key?
+        self._blocked_until_ms: dict[str, int] = {}
+        self.next_keys: NodeKeys | None = None  # announced, not yet in use
+        self.unaware: set[str] = set()  # peers that may not know our key
 
     def load(self) -> None:
-        """Let in whom the store knows."""
-        self._invited = self._store.invitations()
-        for member in self._store.members():
+        """Let in whom the store and the registry know."""
+        self._bound = {member.node_id: member for member in self._store.members()}
+        roll = self._read_roll()
+        for member in self._bound.values():
             self.tick.interests[member.node_id] = member.interests
-            self._let_in(member)
             if member.seen_ms:
                 self.watch.seen_ms[member.node_id] = member.seen_ms
+            if member.node_id not in roll.members and member.node_id not in roll.removed:
+                self._unvouched.add(member.node_id)
+                self._let_in(member)
+        if self._unvouched:
+            self._host.transact(self._vouch_for_all)
+        self.learn(())
+        self._bound.clear()
+        if self.keys.former:
+            self.unaware = set(self.members)
+        if self._whereabouts_of(self.me) != about_of(self.myself):
+            self._host.transact(
+                lambda tx: tx.registry_put(WHEREABOUTS, self.me, about_of(self.myself)),
+            )
 
     # -- who is let in, and where each one is ---------------------------------------------------------------
 
     def admit(self, public_key: bytes) -> str | None:
-        """Answer ZAP: the user id for a key, or None. Looked up at every handshake; anything unknown is refused."""
+        """Answer ZAP: the node id for a member's key, or None. Looked up at every handshake; unknown is refused."""
         node_id = self._by_key.get(public_key)
-        if node_id is not None:
-            return node_id
-        if self._invited.get(public_key, 0) > utc_ms():
-            return JOIN_USER + public_key.hex()
-        log.warning("handshake refused", extra={"reason": "unknown key"})
-        return None
+        return None if node_id is None or node_id in self._blocked_until_ms else node_id
 
     def dial(self, peer: str) -> int | None:
+        """Start a connection to a member, at its next endpoint. None when there is none to try."""
         member = self.members[peer]
-        if not member.endpoints:
+        if not member.endpoints or self.removed_by is not None or peer in self._blocked_until_ms:
             return None
         turn = self._dial_turn.get(peer, 0)
         self._dial_turn[peer] = turn + 1
-        endpoint = member.endpoints[turn % len(member.endpoints)]
-        try:
-            return self.transport.dial(endpoint, server_key=member.public_key)
-        except InvalidInput as error:
-            log.warning("cannot dial", extra={"peer": peer, "reason": error.message})
-            return None
+        former = self.keys.former if peer in self._insists else None
+        conn = self.transport.dial(
+            member.endpoints[turn % len(member.endpoints)],
+            server_key=member.public_key,
+            user_id=peer,
+            keys=former,
+        )
+        self._dialled[conn] = (peer, former is not None)
+        return conn
+
+    def dial_ended(self, conn: int, reason: str) -> None:
+        """A dialled connection failed or broke. One that was refused is tried with the other of this node's keys."""
+        peer, was_former = self._dialled.pop(conn, ("", False))
+        if peer and reason == "refused":
+            if self.keys.former and not was_former:
+                self._insists.add(peer)
+            else:
+                self._insists.discard(peer)
+
+    def uses_former_key(self, conn: int) -> bool:
+        """Say whether this connection was dialled with the key that this node had before."""
+        return self._dialled.get(conn, ("", False))[1]
+
+    @property
+    def myself(self) -> Member:
+        """Return what this node would say if it introduced itself."""
+        beat = next(iter(_reachable(self.beat_endpoint)), "")
+        return Member(
+            node_id=self.me,
+            name=self.name,
+            public_key=self.keys.current.public,
+            first_key=self.keys.first,
+            endpoints=tuple(self.reachable_at()),
+            beat_endpoint=beat,
+        )
 
     def about(self) -> dict[str, Any]:
         """Say what this node tells of itself in greetings."""
-        beat = next(iter(_reachable(self.beat_endpoint)), "")
-        return {"name": self._name, "endpoints": self.reachable_at(), "beat": beat}
+        return about_of(self.myself)
 
     def reachable_at(self) -> list[str]:
         """Return the endpoints at which another machine may reach this node, the likeliest first."""
         return list(self.advertise) or [one for endpoint in self.endpoints for one in _reachable(endpoint)]
 
+    @property
+    def removed_by(self) -> str | None:
+        """Return the node id of who removed this node, None while it belongs."""
+        word = self.roll.removed.get(self.me)
+        return word.writer if word else None
+
+    def is_pending(self, peer: str) -> bool:
+        """Say whether a member was introduced but nobody has met it yet: it speaks of itself once it is in."""
+        return self._whereabouts_of(peer) is None
+
     def note_whereabouts(self, peer: str, about: Mapping[str, Any]) -> None:
-        """Take in what a peer said of itself in its greeting."""
-        known = self.members[peer]
-        if known.beat_endpoint:
-            # A subscription that was refused never tries again by itself, and whoever has just paired may have been
-            # let in only now: without this, the inviter never heard the beats of a member that joined.
-            self.transport.unwatch(known.beat_endpoint)
-            self.transport.watch(known.beat_endpoint, server_key=known.public_key)
-        said = member_from(about, node_id=peer, public_key=known.public_key)
-        if said is None or (said.name, said.endpoints, said.beat_endpoint) == (
-            known.name,
-            known.endpoints,
-            known.beat_endpoint,
-        ):
+        """Take in what a peer said of itself, in its greeting or in its record."""
+        known = self.members.get(peer)
+        if known is None:
             return
-        self._let_in(replace(said, interests=known.interests))
-        self._host.transact(
-            lambda tx: self._store.save_whereabouts(
-                peer,
-                name=said.name,
-                endpoints=said.endpoints,
-                beat_endpoint=said.beat_endpoint,
-                now_ms=tx.now_ms,
+        said = member_from(about, node_id=peer, public_key=known.public_key)
+        if said is None or about_of(said) == about_of(known):
+            return
+        now = replace(known, name=said.name, endpoints=said.endpoints, beat_endpoint=said.beat_endpoint)
+        self._let_in(now)
+        self._host.transact(self._save, now)
+
+    def _save(self, tx: Tx, member: Member) -> None:
+        self._store.save_member(member, tx.now_ms)
+        faults.reach("whereabouts-saved")
+
+    # -- the roll -------------------------------------------------------------------------------------------
+
+    def learn(self, entries: Iterable[Entry]) -> None:
+        """Follow what registry entries say of members. Call it after their commit."""
+        was_removed = self.removed_by
+        self.roll = self._read_roll()
+        self._unvouched -= self.roll.members.keys() | self.roll.removed.keys()
+        for node_id in [one for one in self.members if one not in self.roll.members]:
+            if node_id not in self._unvouched:
+                self._let_go(node_id)
+        for node_id, member in self.roll.members.items():
+            known = self.members.get(node_id)
+            if node_id != self.me and (known is None or known.introduced != member.introduced):
+                self._introduced(member)
+        for entry in entries:
+            if entry.bucket == WHEREABOUTS and entry.value is not None:
+                self.note_whereabouts(entry.key, entry.value)
+                self._host.member_changed(entry.key)
+        if self.removed_by and self.removed_by != was_removed:
+            log.warning("this node was removed from the mesh", extra={"by": self.removed_by})
+
+    def _read_roll(self) -> Roll:
+        words = (word_of(entry) for entry in self.tick.registry.bucket(MEMBERS))
+        return roll_of(word for word in words if word)
+
+    def _introduced(self, member: Member) -> None:
+        if len(self.members) >= self._limits.peers_max:
+            self._host.refusals.add("mesh-full", mono_ms(), peer=member.node_id)
+            return
+        bound = self._bound.get(member.node_id)
+        if bound is not None:  # what its own session has proven since the introduction
+            member = replace(
+                member, public_key=bound.public_key, interests=bound.interests, seen_ms=bound.seen_ms
             )
-        )
+        said = self._whereabouts_of(member.node_id)
+        here = member_from(said, node_id=member.node_id, public_key=member.public_key) or bound
+        if here is not None:
+            member = replace(
+                member, name=here.name, endpoints=here.endpoints, beat_endpoint=here.beat_endpoint
+            )
+        self._let_in(member)
+        if bound is None:
+            self._host.transact(self._save, member)
+            log.info("member introduced", extra={"peer": member.node_id, "by": member.introduced_by})
+
+    def _whereabouts_of(self, node_id: str) -> Mapping[str, Any] | None:
+        entry = self.tick.registry.entry((WHEREABOUTS, node_id))
+        return entry.value if entry else None
 
     def _let_in(self, member: Member) -> None:
-        self.members[member.node_id] = member
-        self._by_key[member.public_key] = member.node_id
-        self.tick.add_peer(member.node_id)
+        peer = member.node_id
+        known = self.members.get(peer)
+        if known and known.public_key != member.public_key:
+            self._by_key.pop(known.public_key, None)
+        self.members[peer] = member
+        self._by_key[member.public_key] = peer
+        self.tick.add_peer(peer)
         self.watch.add(member)
-        self._host.view_changed(member.node_id)
+        self._host.member_changed(peer)
 
-    # -- invitations ----------------------------------------------------------------------------------------
+    def _let_go(self, peer: str) -> None:
+        """Act on a removal: from now on this key is a stranger's."""
+        member = self.members.pop(peer)
+        self._by_key.pop(member.public_key, None)
+        self._blocked_until_ms.pop(peer, None)
+        self._insists.discard(peer)
+        self._dial_turn.pop(peer, None)
+        self.tick.remove_peer(peer)
+        self.watch.remove(peer)
+        word = self.roll.removed.get(peer)
+        by = self.name_of(word.writer) if word else "a node whose word counts no more"
+        log.warning("member removed", extra={"peer": peer, "peer_name": member.name, "by": by})
+        self._host.transact(self._bury, peer, f"{member.name} was removed from the mesh by {by}")
+        self._host.member_left(peer)
 
-    def save_invitation(self, tx: Tx, public_key: bytes, expires_ms: int) -> None:
-        self._store.save_invitation(public_key, expires_ms)
-        self._invited[public_key] = expires_ms
+    def _bury(self, tx: Tx, peer: str, reason: str) -> None:
+        if peer in self.members:
+            return  # it was introduced again meanwhile
+        ids = self._store.drop_member(peer, reason=reason, now_ms=tx.now_ms)
+        if ids:
+            dead = [(message_id, peer, reason) for message_id in ids]
+            tx.after_commit(lambda: self._host.tell_dead(dead))
 
-    def has_expired(self, now_ms: int) -> bool:
-        """Say whether an invitation is over and waits to be struck."""
-        return any(now_ms >= expires_ms for expires_ms in self._invited.values())
+    def name_of(self, node_id: str) -> str:
+        if node_id == self.me:
+            return self.name
+        member = self.members.get(node_id)
+        return member.name if member else node_id
 
-    def strike_expired(self, now_ms: int) -> None:
-        """Forget invitations that are over. Inside a transaction."""
-        for public_key, expires_ms in list(self._invited.items()):
-            if now_ms >= expires_ms:
-                self._store.strike_invitation(public_key)
-                del self._invited[public_key]
+    # -- words of this node ---------------------------------------------------------------------------------
 
-    # -- joining: this node uses a code ---------------------------------------------------------------------
+    def introduce(self, tx: Tx, member: Member) -> None:
+        """Vouch for a member, in the name of this node."""
+        tx.registry_put(MEMBERS, word_key(self.me, member.node_id), introduction(member))
 
-    async def join(self, invitation: Invitation) -> Member:
-        """Ask the inviter to be let in; on the loop."""
-        future: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
-        try:
-            for endpoint in invitation.endpoints:
-                await self._host.ask(partial(self._begin_join, endpoint, invitation, future))
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_JOIN_TIMEOUT_S / len(invitation.endpoints)):
-                        return await asyncio.shield(future)
-        finally:
-            await self._host.ask(partial(self._end_join, future))
-        raise TimedOut(
-            f"nobody answered at {', '.join(invitation.endpoints)}",
-            hint="is the other node running and its port reachable from here? the code stays valid",
-        )
+    def remove(self, tx: Tx, node_id: str) -> str:
+        """Remove a member, or this node itself; return its name. Raises UnknownPeer."""
+        if node_id != self.me and node_id not in self.members:
+            raise UnknownPeer(f"no member {node_id!r} in this mesh", hint="see who is: zmail peers")
+        name = self.name_of(node_id)
+        if node_id != self.me:
+            for one in taken_over(self.roll, remover=self.myself, removed=node_id):
+                known = self.members.get(one.node_id)
+                self.introduce(tx, replace(one, public_key=known.public_key) if known else one)
+        tx.registry_put(MEMBERS, word_key(self.me, node_id), removal())
+        return name
 
-    def _begin_join(self, endpoint: str, invitation: Invitation, future: asyncio.Future[Member]) -> None:
-        if self._joining is not None and self._joining.future is not future:
-            raise PairingRefused("another join is under way on this node", hint="wait for it, then try again")
-        self._end_join(future)
-        keys = KeyPair(public=public_of(invitation.secret), secret=invitation.secret)
-        conn = self.transport.dial(endpoint, server_key=invitation.server_key, keys=keys)
-        self._joining = _Joining(conn, invitation, future)
+    def _vouch_for_all(self, tx: Tx) -> None:
+        for node_id in self._unvouched:
+            self.introduce(tx, self.members[node_id])
 
-    def _end_join(self, future: asyncio.Future[Member]) -> None:
-        if self._joining is not None and self._joining.future is future:
-            self.transport.close(self._joining.conn)
-            self._joining = None
+    # -- another key ----------------------------------------------------------------------------------------
 
-    def connected(self, conn: int) -> bool:
-        """Take in that a connection is up. False: it is none of a join."""
-        if self._joining is None or self._joining.conn != conn:
+    def frame(self, conn: int, peer: str, frame: Frame) -> bool:
+        """Take in what a peer says of its key, or answers about ours. False: it is another frame."""
+        if frame.kind not in (frames.KEY, frames.KEY_OK):
             return False
-        meta = {"node_id": self._me, "public_key": self._keys.public.decode(), "about": self.about()}
-        self.transport.send(conn, frames.encode(Frame(kind=frames.JOIN, meta=meta)))
-        faults.reach("join-sent")
+        if peer in self.members and frame.kind == frames.KEY:
+            self._on_key(conn, peer, frame)
+        elif peer in self.members:
+            self._on_key_ok(peer, frame)
         return True
 
-    def closed(self, conn: int, reason: str) -> bool:
-        """Take in that a connection has ended. False: it is none of a join."""
-        joining = self._joining
-        if joining is None or joining.conn != conn:
-            return False
-        self._joining = None
-        if reason == "refused":  # anything else: the next endpoint, or the time-out, says so
-            is_over = utc_ms() >= joining.invitation.expires_ms
-            self._host.tell(
-                fail,
-                joining.future,
-                PairingRefused(
-                    "the other node refused this code:"
-                    f" {'it has expired' if is_over else 'used before, or expired'}",
-                    hint="make a new one there: each code works once and for a short time",
-                ),
-            )
-        return True
-
-    def frame(self, conn: int, user_id: str, frame: Frame) -> bool:
-        """Take in a frame of a pairing, from either side of it. False: it is none."""
-        if self._joining is not None and self._joining.conn == conn:
-            self._on_join_ok(self._joining, frame)
-        elif user_id.startswith(JOIN_USER):
-            self._on_join(conn, bytes.fromhex(user_id.removeprefix(JOIN_USER)), frame)
-        else:
-            return False
-        return True
-
-    def _on_join_ok(self, joining: _Joining, frame: Frame) -> None:
-        public_key = joining.invitation.server_key
-        if frame.kind == frames.BYE:
-            self._end_join(joining.future)
-            reason = str(frame.meta.get("reason", "no reason given"))[:200]
-            self._host.tell(
-                fail,
-                joining.future,
-                PairingRefused(f"the other node refused: {reason}", hint="make a new code"),
-            )
+    def _on_key(self, conn: int, peer: str, frame: Frame) -> None:
+        """Bind a peer to the key it names. The connection has proven the one it had."""
+        keys = keys_from(frame.meta, node_id=peer)
+        if keys is None or self._by_key.get(keys[0], peer) != peer:
+            self._host.refusals.add("key-malformed", mono_ms(), peer=peer)
             return
-        member = member_from(frame.meta.get("about"), node_id=node_id_of(public_key), public_key=public_key)
-        if frame.kind != frames.JOIN_OK or member is None:
-            return
-        if not member.endpoints:
-            member = replace(member, endpoints=joining.invitation.endpoints)
-        self._end_join(joining.future)
-        future = joining.future
+        now = replace(self.members[peer], public_key=keys[0], first_key=keys[1])
+        self._host.transact(self._bind, conn, now)
 
-        def save(tx: Tx) -> None:
-            self._store.save_member(member, tx.now_ms)
-            faults.reach("inviter-saved")
-            tx.after_commit(lambda: self._host.later(lambda: self._joined(member, future)))
-
-        self._host.transact(save)
-
-    def _joined(self, member: Member, future: asyncio.Future[Member]) -> None:
-        """The inviter is on disk here: it counts as a member from now on."""
-        self._let_in(member)
-        self.tick.want(member.node_id)
-        faults.reach("inviter-admitted")
-        self._host.tell_views()
-        self._host.tell(succeed, future, member)
-
-    # -- being joined: another node uses a code of this one -------------------------------------------------
-
-    def _on_join(self, conn: int, one_time_key: bytes, frame: Frame) -> None:
-        """Serve a connection that holds a one-time key. Its only right is one JOIN."""
-        if frame.kind != frames.JOIN:
-            return
-        member = member_from(frame.meta.get("about"), node_id="", public_key=b"")
-        try:
-            public_key = str(frame.meta.get("public_key")).encode()
-            node_id = node_id_of(public_key)
-        except InvalidInput:
-            member = None
-        if member is None or node_id != frame.meta.get("node_id") or node_id == self._me:
-            self._refuse_join(conn, "malformed JOIN")
-            return
-        if self._invited.get(one_time_key, 0) <= utc_ms():
-            self._refuse_join(conn, "this invitation has been used or is over")
-            return
-        member = replace(member, node_id=node_id, public_key=public_key)
-        self._host.transact(self._accept_join, conn, one_time_key, member)
-
-    def _accept_join(self, tx: Tx, conn: int, one_time_key: bytes, member: Member) -> None:
-        """Strike the key and take in the member, in one transaction; the answer leaves after it."""
-        if not self._store.strike_invitation(one_time_key):
-            self._refuse_join(conn, "this invitation has been used or is over")
-            return
+    def _bind(self, tx: Tx, conn: int, member: Member) -> None:
         self._store.save_member(member, tx.now_ms)
-        faults.reach("member-saved")
-        tx.after_commit(lambda: self._host.later(lambda: self._welcome(conn, one_time_key, member)))
+        faults.reach("key-saved")
+        tx.after_commit(lambda: self._host.later(lambda: self._bound_to(conn, member)))
 
-    def _welcome(self, conn: int, one_time_key: bytes, member: Member) -> None:
-        """A member that joined is on disk: let it in and answer."""
-        self._invited.pop(one_time_key, None)
-        self._let_in(member)
-        faults.reach("member-admitted")
-        # It does not know us before the answer, so it is the one to dial.
-        self.tick.links[member.node_id].dial_failed(mono_ms())
-        about = {"node_id": self._me, "about": self.about(), "members": []}
-        self.transport.send(conn, frames.encode(Frame(kind=frames.JOIN_OK, meta=about)))
-        log.info("member joined", extra={"peer": member.node_id, "peer_name": member.name})
+    def _bound_to(self, conn: int, member: Member) -> None:
+        if member.node_id in self.members:
+            self._let_in(member)
+            log.info("a peer has another key", extra={"peer": member.node_id, "peer_name": member.name})
+            meta = {"key": member.public_key.decode()}
+            self.transport.send(conn, frames.encode(Frame(kind=frames.KEY_OK, meta=meta)))
 
-    def _refuse_join(self, conn: int, reason: str) -> None:
-        log.warning("join refused", extra={"reason": reason})
-        self.transport.send(conn, frames.encode(Frame(kind=frames.BYE, meta={"reason": reason})))
+    def _on_key_ok(self, peer: str, frame: Frame) -> None:
+        if frame.meta.get("key") != (self.next_keys or self.keys).public.decode():
+            return
+        self.unaware.discard(peer)
+        if peer in self._insists:  # from now on it lets in the present key, and only that
+            self._insists.discard(peer)
+            self.tick.drop(peer, "key changed")
+
+    def tell_key(self, peer: str) -> None:
+        """Tell a peer over its open session which key this node has, or is about to have."""
+        link = self.tick.links[peer]
+        keys = self.next_keys or self.keys
+        if link.is_open and link.conn is not None:
+            meta = {"key": keys.public.decode(), "first_key": keys.first.decode()}
+            self.transport.send(link.conn, frames.encode(Frame(kind=frames.KEY, meta=meta)))
+
+    def announce_key(self, keys: NodeKeys) -> None:
+        """Begin a change of key: those who are there learn it before it counts."""
+        self.next_keys = keys
+        self.unaware = set(self.members)
+        for peer in self.members:
+            self.tell_key(peer)
+
+    def change_key(self) -> None:
+        """Be known by the key that was announced. Everybody is dialled anew."""
+        assert self.next_keys is not None, "announced before"
+        self.keys, self.next_keys = self.next_keys, None
+        for peer in self.members:
+            self.tick.drop(peer, "key changed")
+        self.transport.rekey(self.keys.current)
+        self.tick.drop_inbound("key changed")
+        self._host.transact(self.introduce, self.myself)
+
+    def session_opened(self, peer: str) -> None:
+        """Tell a peer that knows only the former key of the present one."""
+        conn = self.tick.links[peer].conn
+        self.watch.renew(peer)
+        if conn is not None and self.uses_former_key(conn):
+            self.tell_key(peer)
+        else:
+            self.unaware.discard(peer)
+
+    # -- peers that misbehave -------------------------------------------------------------------------------
+
+    def block(self, peer: str, now_ms: int) -> None:
+        """Keep a member out for a while: its connections are cut and its key is not let in."""
+        if peer in self.members:
+            self._blocked_until_ms[peer] = now_ms + self._limits.block_ms
+
+    def is_blocked(self, peer: str) -> bool:
+        return peer in self._blocked_until_ms
+
+    def unblock(self, now_ms: int) -> None:
+        """Let those in again whose time is over."""
+        for peer, until_ms in list(self._blocked_until_ms.items()):
+            if now_ms >= until_ms:
+                del self._blocked_until_ms[peer]
 
 
 def _reachable(endpoint: str) -> list[str]:

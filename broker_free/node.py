@@ -457,11 +457,11 @@ class Node:
         expires_ms = utc_ms() + ttl_ms
         invitation = Invitation(
             endpoints=tuple([_endpoint_of(address)] if address else owner.mesh.reachable_at()),
-            server_key=owner.keys.public,
+            server_key=owner.mesh.keys.public,
             secret=keys.secret,
             expires_ms=expires_ms,
         )
-        await self.transact(owner.mesh.save_invitation, keys.public, expires_ms)
+        await self.transact(owner.pairing.save_invitation, keys.public, expires_ms)
         log.info("invitation made", extra={"expires_ms": expires_ms})
         return invitation
 
@@ -469,11 +469,32 @@ class Node:
         """Join the mesh of the node that made this code. Raises InvalidInput, PairingRefused, TimedOut."""
         owner = self._running()
         invitation = Invitation.decode(code)
-        if invitation.server_key == owner.keys.public:
+        if invitation.server_key == owner.mesh.keys.public:
             raise PairingRefused("this code was made by this very node", hint="use it on the other machine")
-        member = await owner.mesh.join(invitation)
+        member = await owner.pairing.join(invitation)
         await self._linked(member.node_id)
         return self._views[member.node_id]
+
+    async def remove_peer(self, node_id: str) -> str:
+        """Remove a member from the mesh, everywhere; return its name. Its own id makes this node leave.
+
+        Its frames are ignored and its key is refused from now on, here at once and at every other member as soon as
+        that is reached. Messages that wait for it are dead, with the reason. Raises UnknownPeer.
+        """
+        return await self.transact(self._running().mesh.remove, node_id)
+
+    async def rotate_key(self) -> tuple[list[str], list[str]]:
+        """Replace this node's key; its id, its mail and its place in the mesh stay.
+
+        Returns the ids of the peers that know the new key, and of those that were away: they learn it over a
+        connection made with the former one, which is kept for that. Invitations that are open become void.
+        """
+        return await self._running().rotate_key()
+
+    @property
+    def removed_by(self) -> str | None:
+        """The node id of who removed this node from the mesh, None while it belongs."""
+        return self._owner.mesh.removed_by if self._owner else None
 
     async def _linked(self, peer: str) -> None:
         """Give the first session with a new peer a moment to open, so that what is shown next is true."""

@@ -27,6 +27,7 @@ from broker_free.disk import Disk
 from broker_free.errors import (
     BrokerFreeError,
     DiskLow,
+    InvalidInput,
     LeaseLost,
     MalformedFrame,
     NodeClosed,
@@ -39,13 +40,15 @@ from broker_free.frames import Frame
 from broker_free.futures import fail, succeed
 from broker_free.health import Health, HealthState
 from broker_free.home import lock, make_private, unlock
-from broker_free.membership import Member
+from broker_free.membership import MEMBERS, WHEREABOUTS, Member
 from broker_free.mesh import Mesh
 from broker_free.message import Envelope
+from broker_free.outside import Allowance, Refusals, printable
+from broker_free.pairing import Pairing
 from broker_free.presence import State
 from broker_free.registry import Registry
 from broker_free.schema import Migrations
-from broker_free.security import KeyPair, load_or_create_keys, node_id_of
+from broker_free.security import load_or_create_keys, replace_keys
 from broker_free.store import DAMAGED, Store
 from broker_free.tick import CANCELLED, EXPIRED, Effect, Outcome, Tick, Transact, Tx, Work
 from broker_free.transport import Beat, Closed, Connected, Received, Transport, new_keypair
@@ -62,10 +65,13 @@ log = logging.getLogger("broker_free")
 
 T = TypeVar("T")
 
-_JOIN_USER: Final = "join:"  # user id of a connection that holds a one-time key and may only send JOIN
 _HOUSEKEEPING_MS: Final = 5_000
 _PRUNE_MS: Final = 3_600_000
-_JOIN_TIMEOUT_S: Final = 10.0
+_RELISTEN_AFTER_MS: Final = 200
+_RELISTEN_AGAIN_MS: Final = 1_000
+_ROTATE_TIMEOUT_S: Final = 3.0
+_ROTATE_LOOK_S: Final = 0.02
+KEY_FILE: Final = "node.keys"
 
 _DISK_LOW: Final = "disk low"
 
@@ -93,6 +99,9 @@ class PeerView:
     skew_ms: int | None = (
         None  # how far its clock was ahead of ours at its last greeting, to about a round trip
     )
+    is_pending: bool = False  # introduced, and not met by anybody yet
+    introduced_by: str = ""  # node id
+    why_closed: str = ""  # "refused": it does not let this node in; see `transport.Closed`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,7 +124,8 @@ class Owner:
     """The owner thread: the only one that touches sockets and the writing connection."""
 
     def __init__(self, node: Node, loop: asyncio.AbstractEventLoop) -> None:
-        self.keys: KeyPair
+        self.refusals = Refusals()
+        self.pairing: Pairing
         self._node = node
         self._loop = loop
         self._limits = node.limits
@@ -143,6 +153,9 @@ class Owner:
         self._broken: StoreFailed | None = None  # why the store is not written to any more
         self._health = Health()
         self._disk: Disk
+        self._failures: dict[str, str] = {}  # why there is no session with a peer
+        self._hellos: dict[str, Allowance] = {}
+        self._relisten_due_ms: int | None = None
 
     # -- called on the loop ---------------------------------------------------------------------------------
 
@@ -187,7 +200,9 @@ class Owner:
         return await future
 
     def refused(self) -> dict[str, int]:
-        return dict(self._transport.refused + self._tick.refused + self.carrier.counts())
+        """Count what was turned away since the start, by reason."""
+        counts = self._transport.refused + self._tick.refused + self.carrier.counts()
+        return dict(sorted((counts + self.refusals.counts).items()))
 
     def alarms(self) -> dict[str, int]:
         return dict(self._tick.alarms)
@@ -198,6 +213,52 @@ class Owner:
 
     def release(self, reason: str) -> None:
         self._tick.release(reason)
+
+    # -- another key: on the loop, step by step ---------------------------------------------------------------
+
+    async def rotate_key(self) -> tuple[list[str], list[str]]:
+        """Change this node's key; return which peers know it already, and which learn it when they are back."""
+        await self.ask(self._announce_key)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ROTATE_TIMEOUT_S):
+                while await self.ask(self._is_awaited):
+                    await asyncio.sleep(_ROTATE_LOOK_S)
+        return await self.ask(self._change_key)
+
+    def _announce_key(self) -> None:
+        keys = self.mesh.keys
+        if self.mesh.next_keys is not None:
+            raise InvalidInput("the key is being changed already", hint="wait for that")
+        if keys.former is not None and self.mesh.unaware:
+            names = ", ".join(sorted(self.mesh.name_of(peer) for peer in self.mesh.unaware))
+            raise InvalidInput(
+                f"the last change of the key has not reached {names} yet",
+                hint="wait until they are back, or remove them: zmail peers remove NAME",
+            )
+        changed = keys.changed(new_keypair(), now_ms=utc_ms())
+        # From here on a crash goes on with the new key, and tells the peers with the help of the former one.
+        replace_keys(self._node.home / KEY_FILE, changed)
+        faults.reach("keys-replaced")
+        self.mesh.announce_key(changed)
+
+    def _is_awaited(self) -> bool:
+        """Say whether a peer with an open session has not confirmed the key yet."""
+        return any(self._tick.links[peer].is_open for peer in self.mesh.unaware if peer in self._tick.links)
+
+    def _change_key(self) -> tuple[list[str], list[str]]:
+        self.mesh.change_key()
+        self.transact(self.pairing.strike_all)
+        unaware = sorted(self.mesh.unaware)
+        return [peer for peer in self.mesh.members if peer not in self.mesh.unaware], unaware
+
+    def _drop_former_key(self) -> None:
+        """Forget the former key once everybody knows the present one, or when it is old."""
+        keys = self.mesh.keys
+        if keys.former is None or self.mesh.next_keys is not None:
+            return
+        if not self.mesh.unaware or utc_ms() >= keys.changed_ms + self._limits.former_key_ms:
+            self.mesh.keys = keys.without_former()
+            replace_keys(self._node.home / KEY_FILE, self.mesh.keys)
 
     # -- transactional functions (run inside a tick) --------------------------------------------------------
 
@@ -319,8 +380,8 @@ class Owner:
         node = self._node
         make_private(node.home)
         self._lock_fd = lock(node.home / "node.lock")
-        self.keys = load_or_create_keys(node.home / "node.keys", new_keypair)
-        node.node_id = node_id_of(self.keys.public)
+        keys = load_or_create_keys(node.home / KEY_FILE, new_keypair)
+        node.node_id = keys.node_id
         self._store = Store(
             node.home / "store.db",
             me=node.node_id,
@@ -335,9 +396,17 @@ class Owner:
         if (anchor := self._steady.anchor(utc_ms=utc_ms())) is not None:
             self._store.save_anchor(anchor)
         mesh = self.mesh = Mesh(
-            host=self, name=node.name, node_id=node.node_id, keys=self.keys, store=self._store
+            host=self,
+            name=node.name,
+            node_id=node.node_id,
+            keys=keys,
+            store=self._store,
+            limits=self._limits,
         )
-        mesh.transport = self._transport = Transport(keys=self.keys, admit=mesh.admit, limits=self._limits)
+        self.pairing = Pairing(host=self, mesh=mesh, store=self._store, limits=self._limits)
+        mesh.transport = self._transport = Transport(
+            keys=keys.current, admit=self._admit, admit_watcher=mesh.admit, limits=self._limits
+        )
         endpoint, mesh.beat_endpoint = self._transport.bind(listen)
         mesh.endpoints = node.endpoints = [endpoint]
         mesh.advertise = node.advertise
@@ -382,9 +451,11 @@ class Owner:
             tick=self._tick,
             transport=self._transport,
             newest_row=lambda: self._store.newest_row,
-            changed=self.view_changed,
+            changed=self.member_changed,
         )
+        self._tick.start(now_ms=mono_ms(), utc_ms=utc_ms())
         mesh.load()
+        self.pairing.load()
         self.tell_views()
 
     def _release(self) -> None:
@@ -549,10 +620,12 @@ class Owner:
             case Received(conn, user_id, parts):
                 self._on_frames(conn, user_id, parts, now_ms)
             case Connected(conn):
-                if not self.mesh.connected(conn):
+                if not self.pairing.connected(conn):
                     self._tick.connected(conn)
             case Closed(conn, reason):
-                if not self.mesh.closed(conn, reason):
+                if not self.pairing.closed(conn, reason):
+                    self._note_failure(self._tick.peer_of(conn), reason)
+                    self.mesh.dial_ended(conn, reason)
                     self._tick.closed(conn, reason)
             case Beat(parts):
                 self._watch.on_beat(parts, now_ms)
@@ -566,12 +639,47 @@ class Owner:
             if error.reason == "frame-version" and parts[0][3] == frames.HELLO:
                 self._refuse_version(conn, user_id or self._tick.peer_of(conn), parts, error.message)
             return
-        if self.mesh.frame(conn, user_id, frame):
+        if self.pairing.frame(conn, user_id, frame):
             return
         peer = user_id or self._tick.peer_of(conn)
-        if peer in self.mesh.members:
-            self._watch.heard(peer, now_ms)
-            self._tick.frame(peer, conn, frame)
+        if peer not in self.mesh.members or self.mesh.is_blocked(peer):
+            self.refusals.add("not-a-member", now_ms, peer=peer)
+            return
+        self._watch.heard(peer, now_ms)
+        if self.mesh.frame(conn, peer, frame):
+            return
+        if frame.kind == frames.HELLO and not self._may_greet(peer, conn, frame, now_ms):
+            return
+        self._tick.frame(peer, conn, frame)
+
+    def _may_greet(self, peer: str, conn: int, frame: Frame, now_ms: int) -> bool:
+        """Bound how often a peer greets, and with how many there are sessions at once."""
+        allowance = self._hellos.get(peer)
+        if allowance is None:
+            allowance = self._hellos[peer] = Allowance(
+                burst=self._limits.hellos_burst, a_second=self._limits.hellos_a_second_max, now_ms=now_ms
+            )
+        if not allowance.take(now_ms):
+            self.refusals.add("hello-rate", now_ms, peer=peer)
+            return False
+        if self._tick.links[peer].conn is None and self._is_full():
+            self.refusals.add("too-many-sessions", now_ms, peer=peer)
+            meta = {"reason": "too many sessions"}
+            self.send(conn, Frame(kind=frames.BYE, session=frame.session, meta=meta))
+            return False
+        return True
+
+    def _is_full(self) -> bool:
+        sessions = sum(link.conn is not None for link in self._tick.links.values())
+        return sessions >= self._limits.sessions_max
+
+    def _admit(self, public_key: bytes) -> str | None:
+        return self.mesh.admit(public_key) or self.pairing.admit(public_key)
+
+    def _note_failure(self, peer: str, reason: str) -> None:
+        if peer and self._failures.get(peer) != reason:
+            self._failures[peer] = reason
+            self._dirty.add(peer)
 
     def _refuse_version(self, conn: int, peer: str, parts: list[bytes], reason: str) -> None:
         """Answer a greeting in a version that cannot be read here, in that version: a BYE is the same in all."""
@@ -598,17 +706,22 @@ class Owner:
             self._rtt[peer] = float(opened.rtt_ms)
             self._watch.on_opened(peer)
             self.mesh.note_whereabouts(peer, opened.about)
+            self.mesh.session_opened(peer)
+            self._failures.pop(peer, None)
             self._dirty.add(peer)
             log.info("session open", extra={"peer": peer, "peer_name": self.mesh.members[peer].name})
         for peer, frame in outcome.chunks:
             self.carrier.on_frame(peer, frame, mono_ms())
         for peer, reason in outcome.lost:
             self._dirty.add(peer)
-            log.info("session lost", extra={"peer": peer, "reason": reason})
+            self._note_failure(peer, printable(reason))
+            log.info("session lost", extra={"peer": peer, "reason": printable(reason)})
         for peer in outcome.blocked:
             self._dirty.add(peer)
             is_blocked = peer in self._tick.links and self._tick.links[peer].is_blocked
             log.info("peer takes no messages" if is_blocked else "peer takes messages", extra={"peer": peer})
+        if any(entry.bucket in (MEMBERS, WHEREABOUTS) for entry in outcome.entries):
+            self.mesh.learn(outcome.entries)
         if (
             outcome.results
             or outcome.failures
@@ -624,6 +737,9 @@ class Owner:
             self.tell_views()
 
     def _keep_house(self, now_ms: int) -> None:
+        self.pairing.keep(now_ms)
+        if self._relisten_due_ms is not None and now_ms >= self._relisten_due_ms:
+            self._relisten(now_ms)
         self._watch.tick(now_ms)
         self._disk.look(now_ms)
         self._room_may_have_changed()
@@ -640,12 +756,19 @@ class Owner:
         if now_ms >= self._housekeeping_due_ms:
             self._housekeeping_due_ms = now_ms + _HOUSEKEEPING_MS
             self._tell_health()
+            self.mesh.unblock(now_ms)
+            self._drop_former_key()
+            self._hellos = {peer: one for peer, one in self._hellos.items() if not one.is_full(now_ms)}
             now_utc_ms, steady_ms = utc_ms(), self._steady.ms()
             anchor = self._steady.anchor(utc_ms=now_utc_ms)
             if anchor is not None:  # UTC was set
                 self._queue.append(Transact(fn=lambda tx: self._store.save_anchor(anchor)))
             # An idle node writes nothing: a laptop's disk may sleep.
-            if self.mesh.has_expired(now_utc_ms) or steady_ms >= self._prune_due_ms or self._store.has_notes:
+            if (
+                self.pairing.has_expired(now_utc_ms)
+                or steady_ms >= self._prune_due_ms
+                or self._store.has_notes
+            ):
                 self._queue.append(Transact(fn=self._clean_up))
 
     def _clean_up(self, tx: Tx) -> None:
@@ -659,7 +782,7 @@ class Owner:
             for message_id in self._store.expire(peer, beyond_row=link.cursor, now_ms=tx.steady_ms):
                 tx.after_commit(partial(self._node.take, Outcome(dead=[(message_id, peer, EXPIRED)])))
         self._store.expire_inbox(tx.steady_ms, leave_out=self._leases.rows())
-        self.mesh.strike_expired(tx.now_ms)
+        self.pairing.strike_expired(tx.now_ms)
         for peer, seen_ms in self._watch.seen_ms.items():
             self._store.save_seen(peer, seen_ms)
 
@@ -681,8 +804,34 @@ class Owner:
     def transact(self, fn: Callable[..., object], *args: Any) -> None:
         self._queue.append(Transact(fn=fn, args=args))
 
-    def view_changed(self, peer: str) -> None:
+    def tell_dead(self, dead: list[tuple[str, str, str]]) -> None:
+        self._node.take(Outcome(dead=dead))
+
+    def member_changed(self, peer: str) -> None:
         self._dirty.add(peer)
+
+    def member_left(self, peer: str) -> None:
+        for known in (self._rtt, self._failures, self._hellos):
+            known.pop(peer, None)
+        self._dirty.add(peer)
+        self.cut_inbound()
+
+    def cut_inbound(self) -> None:
+        """Cut every connection that others have opened to this node; those who may come back do so by themselves.
+
+        libzmq cannot cut a single one. What was just said on them is given a moment to leave.
+        """
+        if self._relisten_due_ms is None:
+            self._relisten_due_ms = mono_ms() + _RELISTEN_AFTER_MS
+
+    def _relisten(self, now_ms: int) -> None:
+        self._relisten_due_ms = None
+        try:
+            self._transport.relisten()
+        except BrokerFreeError as error:  # somebody was quicker to take the port
+            log.error("cannot listen", extra={"reason": error.message})
+            self._relisten_due_ms = now_ms + _RELISTEN_AGAIN_MS
+        self._tick.drop_inbound("listening anew")
 
     def _sleep_ms(self) -> int:
         tick_ms = self._tick.next_wake_ms() if self._broken is None else self._housekeeping_due_ms
@@ -690,6 +839,9 @@ class Owner:
         chunks_ms = self.carrier.next_wake_ms(mono_ms()) if self._broken is None else None
         if chunks_ms is not None:
             due_ms = min(due_ms, chunks_ms)
+        for soon_ms in (self._relisten_due_ms, self.pairing.next_wake_ms()):
+            if soon_ms is not None:
+                due_ms = min(due_ms, soon_ms)
         sleep_ms = max(0, due_ms - mono_ms())
         if self._store.next_expiry_ms is not None and self._broken is None:
             sleep_ms = min(sleep_ms, max(0, self._store.next_expiry_ms - self._steady.ms()))
@@ -708,10 +860,11 @@ class Owner:
         return has_left
 
     def close(self, conn: int) -> None:
+        self.mesh.dial_ended(conn, "closed here")
         self._transport.close(conn)
 
     def dial(self, peer: str) -> int | None:
-        return self.mesh.dial(peer)
+        return None if self._is_full() else self.mesh.dial(peer)
 
     # -- what the loop is told of the peers -----------------------------------------------------------------
 
@@ -734,4 +887,7 @@ class Owner:
             is_blocked=link.is_blocked,
             credit=link.credit,
             skew_ms=self._tick.skew_ms(member.node_id),
+            is_pending=self.mesh.is_pending(member.node_id),
+            introduced_by=member.introduced_by,
+            why_closed="" if link.is_open else self._failures.get(member.node_id, ""),
         )

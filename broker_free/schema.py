@@ -72,7 +72,9 @@ STEPS: Final[tuple[tuple[str, ...], ...]] = (
         CAST(strftime('%s', 'now') AS INTEGER) * 1000 FROM registry""",
         "DROP TABLE registry",
         "CREATE TABLE registry_note (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
-        # -- security
+        # -- security: codes used here whose maker has not answered yet
+        """CREATE TABLE joining (server_key BLOB PRIMARY KEY, endpoints TEXT NOT NULL, expires_ms INTEGER NOT NULL)
+        WITHOUT ROWID""",
         # -- presence
     ),
 )

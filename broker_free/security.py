@@ -19,7 +19,7 @@ import shlex
 import stat
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +39,35 @@ class KeyPair:
 
     public: bytes
     secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeKeys:
+    """The keys of a node. Its id is the hash of the first it had; every other one is bound to that id by its peers."""
+
+    current: KeyPair
+    first: bytes = b""  # public half of the first key, where that is another one
+    former: KeyPair | None = None  # the one before, kept for peers that were away when it was changed
+    changed_ms: int = 0  # UTC, when
+
+    @property
+    def public(self) -> bytes:
+        return self.current.public
+
+    @property
+    def secret(self) -> bytes:
+        return self.current.secret
+
+    @property
+    def node_id(self) -> str:
+        return node_id_of(self.first or self.public)
+
+    def changed(self, to: KeyPair, *, now_ms: int) -> NodeKeys:
+        """Return the keys after a change."""
+        return NodeKeys(current=to, first=self.first or self.public, former=self.current, changed_ms=now_ms)
+
+    def without_former(self) -> NodeKeys:
+        return replace(self, former=None)
 
 
 def z85_of(raw: bytes) -> bytes:
@@ -74,11 +103,13 @@ def node_id_of(public: bytes) -> str:
 
 # ── The key file ────────────────────────────────────────────────────────────────────────────────────────────
 # {"version": 1, "public": Z85, "secret": Z85, "check": hex}   one line, mode 0600, in a folder of mode 0700
-_KEY_FILE_VERSION: Final = 1
-_KEY_FILE_BYTES_MAX: Final = 4096  # the real one has 200; a wrong file is not read into memory
+# and once the key was changed, which a program that knows only version 1 must not start without:
+# {"version": 2, "public", "secret", "first": Z85, "changed_ms", "former": null | {"public", "secret"}, "check"}
+_KEY_FILE_VERSIONS: Final = (1, 2)
+_KEY_FILE_BYTES_MAX: Final = 4096  # the real one has 200 to 500; a wrong file is not read into memory
 
 
-def load_or_create_keys(path: Path, make: Callable[[], KeyPair]) -> KeyPair:
+def load_or_create_keys(path: Path, make: Callable[[], KeyPair]) -> NodeKeys:
     """Return the keys kept at `path`, made by `make` if there are none yet. Never replaces an existing file.
 
     The file is readable by its owner only, in a folder of the same kind; where that does not hold, or the file
@@ -88,7 +119,7 @@ def load_or_create_keys(path: Path, make: Callable[[], KeyPair]) -> KeyPair:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_private(path.parent, os.stat(path.parent), wanted=0o700)
         if not os.path.lexists(path):
-            _create(path, make())
+            _create(path, NodeKeys(current=make()))
         return _load(path)  # also what was just written: the keys of whoever was first count
     except OSError as error:
         raise UnsuitableHome(f"cannot keep the keys of this node in {path}: {error.strerror}") from error
@@ -107,8 +138,30 @@ def _check_private(path: Path, found: os.stat_result, *, wanted: int) -> None:
         )
 
 
-def _create(path: Path, keys: KeyPair) -> None:
+def replace_keys(path: Path, keys: NodeKeys) -> None:
+    """Put other keys in the place of those at `path`; a crash leaves the one or the other, whole and synced."""
+    try:
+        draft = _write_draft(path, keys)
+        os.replace(draft, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UnsuitableHome(f"cannot keep the keys of this node in {path}: {error.strerror}") from error
+
+
+def _create(path: Path, keys: NodeKeys) -> None:
     """Write the file whole or not at all: a synced draft gets the name by a link, which fails if it is taken."""
+    draft = _write_draft(path, keys)
+    try:
+        faults.reach("key-draft-written")
+        with contextlib.suppress(FileExistsError):  # another process was first: its keys are the node's
+            os.link(draft, path)
+        faults.reach("key-file-named")
+    finally:
+        os.unlink(draft)
+    _sync_folder(path.parent)
+
+
+def _write_draft(path: Path, keys: NodeKeys) -> Path:
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -116,20 +169,21 @@ def _create(path: Path, keys: KeyPair) -> None:
             file.write(_key_file_of(keys))
             file.flush()
             os.fsync(file.fileno())
-        faults.reach("key-draft-written")
-        with contextlib.suppress(FileExistsError):  # another process was first: its keys are the node's
-            os.link(draft, path)
-        faults.reach("key-file-named")
-    finally:
+    except BaseException:
         os.unlink(draft)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        raise
+    return draft
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
 
 
-def _load(path: Path) -> KeyPair:
+def _load(path: Path) -> NodeKeys:
     # O_NOFOLLOW: a link could point at a file that others may write. O_NONBLOCK: opening a FIFO would wait.
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -145,29 +199,52 @@ def _load(path: Path) -> KeyPair:
         return _keys_of(path, file.read(_KEY_FILE_BYTES_MAX))
 
 
-def _key_file_of(keys: KeyPair) -> bytes:
-    fields = {
-        "version": _KEY_FILE_VERSION,
-        "public": keys.public.decode("ascii"),
-        "secret": keys.secret.decode("ascii"),
-        "check": _check_of(keys),
-    }
-    return json.dumps(fields).encode("ascii") + b"\n"
+def _key_file_of(keys: NodeKeys) -> bytes:
+    fields: dict[str, object] = {"version": 1, **_pair_to_json(keys.current)}
+    if keys.first:
+        former = _pair_to_json(keys.former) if keys.former else None
+        fields |= {
+            "version": 2,
+            "first": keys.first.decode("ascii"),
+            "changed_ms": keys.changed_ms,
+            "former": former,
+        }
+    return json.dumps({**fields, "check": _check_of(keys)}).encode("ascii") + b"\n"
 
 
-def _keys_of(path: Path, text: bytes) -> KeyPair:
+def _pair_to_json(keys: KeyPair) -> dict[str, str]:
+    return {"public": keys.public.decode("ascii"), "secret": keys.secret.decode("ascii")}
+
+
+def _pair_from_json(fields: dict[str, str]) -> KeyPair:
+    return KeyPair(public=fields["public"].encode("ascii"), secret=fields["secret"].encode("ascii"))
+
+
+def _keys_of(path: Path, text: bytes) -> NodeKeys:
     try:
         fields = json.loads(text)
         version = fields["version"]
-        keys = KeyPair(public=fields["public"].encode("ascii"), secret=fields["secret"].encode("ascii"))
+        if version not in _KEY_FILE_VERSIONS:
+            raise _damaged(
+                path, f"it has version {version!r}, this program reads up to {_KEY_FILE_VERSIONS[-1]}"
+            )
+        keys = NodeKeys(current=_pair_from_json(fields))
+        if version == 2:
+            former = fields["former"]
+            keys = NodeKeys(
+                current=keys.current,
+                first=fields["first"].encode("ascii"),
+                former=_pair_from_json(former) if former else None,
+                changed_ms=int(fields["changed_ms"]),
+            )
         check = fields["check"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _damaged(path, "it is no key file") from None  # the cause would quote the secret
-    if version != _KEY_FILE_VERSION:
-        raise _damaged(path, f"it has version {version!r}, this program reads {_KEY_FILE_VERSION}")
     try:
-        key_bytes_of(keys.public)
-        key_bytes_of(keys.secret)
+        for pair in filter(None, (keys.current, keys.former)):
+            key_bytes_of(pair.public)
+            key_bytes_of(pair.secret)
+        key_bytes_of(keys.first or keys.public)
     except InvalidInput as error:
         raise _damaged(path, error.message) from None
     if check != _check_of(keys):
@@ -175,9 +252,14 @@ def _keys_of(path: Path, text: bytes) -> KeyPair:
     return keys
 
 
-def _check_of(keys: KeyPair) -> str:
+def _check_of(keys: NodeKeys) -> str:
     """A checksum against damage, and against halves of two key pairs; not a signature."""
-    return hashlib.blake2b(keys.public + keys.secret, digest_size=8).hexdigest()
+    text = keys.public + keys.secret + keys.first
+    if keys.first:
+        text += str(keys.changed_ms).encode()
+    if keys.former:
+        text += keys.former.public + keys.former.secret
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def _damaged(path: Path, why: str) -> UnsuitableHome:

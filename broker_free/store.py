@@ -1250,15 +1250,16 @@ class Store:
                 added_ms=now_ms,
             ).where(Peer.node_id == member.node_id).execute()
 
-    def save_whereabouts(
-        self, peer: str, *, name: str, endpoints: Sequence[str], beat_endpoint: str, now_ms: int
-    ) -> None:
-        """Record what a member says of itself: its name and where it listens now."""
+    def drop_member(self, node_id: str, *, reason: str, now_ms: int) -> list[str]:
+        """Make a peer a member no more. What waits for it is dead, kept with the reason; returns those ids."""
         with self._translating():
-            Peer.update(
-                name=name, endpoints=json.dumps(list(endpoints)), beat_endpoint=beat_endpoint, seen_ms=now_ms
-            ).where(Peer.node_id == peer).execute()
-        faults.reach("whereabouts-saved")
+            Peer.update(is_member=False, interests="[]").where(Peer.node_id == node_id).execute()
+            rows = self._conn.execute(
+                f"UPDATE outbox SET state = {DEAD}, settled_ms = ?, reason = ? WHERE peer = ? AND state = {QUEUED}"
+                " RETURNING msg_id",
+                (now_ms, reason, self._peer_id(node_id)),
+            ).fetchall()
+        return [id_from_bytes(raw_id) for (raw_id,) in rows]
 
     def members(self) -> list[Member]:
         with self._translating():
@@ -1297,6 +1298,24 @@ class Store:
     def invitations(self) -> dict[bytes, int]:
         with self._translating():
             return dict(self._conn.execute("SELECT public_key, expires_ms FROM invitation").fetchall())
+
+    def save_joining(self, server_key: bytes, endpoints: Sequence[str], expires_ms: int) -> None:
+        """Remember that this node asked to be let in, until it knows the answer."""
+        with self._translating():
+            self._conn.execute(
+                "INSERT OR REPLACE INTO joining VALUES (?, ?, ?)",
+                (server_key, json.dumps(list(endpoints)), expires_ms),
+            )
+
+    def end_joining(self, server_key: bytes) -> None:
+        with self._translating():
+            self._conn.execute("DELETE FROM joining WHERE server_key = ?", (server_key,))
+
+    def joinings(self) -> list[tuple[bytes, tuple[str, ...], int]]:
+        """Return (server key, endpoints, expiry) of what this node asked and never heard the answer to."""
+        with self._translating():
+            rows = self._conn.execute("SELECT server_key, endpoints, expires_ms FROM joining").fetchall()
+        return [(key, tuple(json.loads(endpoints)), expires_ms) for key, endpoints, expires_ms in rows]
 
     def registry_save(self, entries: Sequence[Entry]) -> None:
         with self._translating():

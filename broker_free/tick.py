@@ -18,6 +18,7 @@ The store and the wire are Protocols: SQLite and ZeroMQ in a node, dictionaries 
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import inspect
 import json
@@ -649,6 +650,24 @@ class Tick:
             was_stirred = peer in self._stirred
             if self._do(peer, link.tell(kind, body, meta, seq=seq, lane=lane)) and not was_stirred:
                 self._stirred.discard(peer)  # the link is as it was: no tick has to follow
+
+    def drop_inbound(self, reason: str) -> None:
+        """End the sessions over connections that peers have opened: those connections are gone."""
+        for peer, link in self.links.items():
+            if link.conn is not None and link.conn not in self._dialled:
+                self._do(peer, link.on_closed(link.conn, reason, self._now_ms))
+
+    def drop(self, peer: str, reason: str) -> None:
+        """End the session with a peer from this side. It is dialled again after a pause."""
+        link = self.links.get(peer)
+        if link is not None:
+            self._do(peer, link.drop(reason, self._now_ms))
+
+    def take_entries(self, body: bytes) -> None:
+        """Take in registry entries that came outside a session, from a node that is trusted with that."""
+        with contextlib.suppress(InvalidInput):
+            entries = decode_entries(body, self._limits)
+            self.registry.judge(entries, now_ms=self._utc_ms, into=self._inputs.registry.entries)
 
     def peer_of(self, conn: int) -> str:
         """Return the peer of a connection dialled here, or an empty string."""

@@ -32,6 +32,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from queue import SimpleQueue
 from typing import Final, NamedTuple
 
 import zmq
@@ -120,7 +121,8 @@ class Closed(NamedTuple):
     refused: the other side does not let our key in · not-a-peer: it does not speak our protocol ·
     no-handshake: it hung up or stayed silent before the handshake was over (a wrong server key looks like this) ·
     unreachable: nobody listens there, or nobody answered in time · lost: the link was up and broke ·
-    silent: none of these came in time · invalid: no such endpoint or key can be dialled ·
+    silent: none of these came in time · unresolved: the host name has no address, or nobody said so in time ·
+    invalid: no such endpoint or key can be dialled ·
     exhausted: this process is out of descriptors or sockets.
     """
 
@@ -222,6 +224,7 @@ class Transport:
         self._waiter = _Waiter()
         self._waker = _Waker()
         self._waiter.add(self._waker.fd)
+        self._resolver = Resolver(limits, wake=self.wake)
 
         self._links: dict[int, _Link] = {}
         self._dialling: dict[int, _Link] = {}  # without a finished handshake, oldest first
@@ -235,11 +238,12 @@ class Transport:
         self._zap = self._open_inlet(zap, self._drain_zap)
         self._sub = self._open_inlet(self._subscriber(), self._drain_sub)
         self._watched: dict[str, bytes] = {}  # endpoint → server key
+        self._watched_at: dict[str, str] = {}  # endpoint → the address it is connected to
 
         self._router: _Inlet | None = None
         self._router_send: Callable[[bytes, int], object]
         self._pub: _Socket | None = None
-        self._pub_endpoint = self._host = ""
+        self._endpoint = self._pub_endpoint = self._host = ""
         self._listener_monitors: list[_Inlet] = []
 
     # ── Listening ───────────────────────────────────────────────────────────────────────────────────────────
@@ -261,11 +265,26 @@ class Transport:
             self._router_send = _fast_send(router)
             self._touched.add(self._router)
             self._pub, self._pub_endpoint = self._listen(zmq.PUB, kept or f"tcp://{host}:*")
-            self._host = host
+            self._host, self._endpoint = host, bound
         except BaseException:
             self._close_listeners()
             raise
         return bound, self._pub_endpoint
+
+    def relisten(self) -> None:
+        """Listen anew where we listen, dropping every inbound connection. Raises what `bind` raises."""
+        self.bind(self._endpoint)
+
+    def rekey(self, keys: KeyPair) -> None:
+        """Be known by other keys from now on: listen, dial and watch with them. Inbound connections are dropped."""
+        self._keys = keys
+        self._close_inlet(self._sub)
+        self._sub = self._open_inlet(self._subscriber(), self._drain_sub)
+        watched, self._watched = self._watched, {}
+        self._watched_at.clear()
+        for endpoint, server_key in watched.items():
+            self.watch(endpoint, server_key=server_key)
+        self.relisten()
 
     def _listen(self, kind: int, endpoint: str) -> tuple[_Socket, str]:
         listener = self._socket(kind)
@@ -311,31 +330,40 @@ class Transport:
 
     # ── Dialling ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def dial(self, endpoint: str, *, server_key: bytes, keys: KeyPair | None = None) -> int:
+    def dial(
+        self, endpoint: str, *, server_key: bytes, user_id: str = "", keys: KeyPair | None = None
+    ) -> int:
         """Open a fresh link to the node that holds `server_key` and return its conn; Connected or Closed follows.
 
-        `keys` replaces our own client identity, for a one-time key. Nothing that a peer may have told us (endpoint,
+        `keys` replaces our own client identity, for a one-time key; `user_id` is stamped on what comes in, by
+        default the hash of the server key. Nothing that a peer may have told us (endpoint,
         key) can make this raise: it becomes Closed. One socket is one TCP connection, which never reconnects by
-        itself, so nothing stale crosses sessions. A host *name* is looked up by libzmq's I/O thread, which holds
-        up every link meanwhile: dial addresses.
+        itself, so nothing stale crosses sessions. A host *name* is looked up in a thread of its own: libzmq would
+        do it in its only I/O thread, which holds up every link meanwhile.
         """
         conn = next(self._numbers)
         try:
             _parse(endpoint, dial=True)
-            user_id = node_id_of(server_key)
+            user_id = user_id or node_id_of(server_key)
         except InvalidInput:
             self._owed.append(Closed(conn, "invalid"))
             return conn
-        # Connecting and the handshake each have their own timer in libzmq; this one is for what has none there,
-        # such as a name that does not resolve.
-        deadline = time.monotonic() + (2 * self._limits.dial_timeout_ms + 500) / 1000
-        try:
-            self._links[conn] = self._connect(_Link(conn, user_id, deadline), endpoint, server_key, keys)
-        except (zmq.ZMQError, OSError) as error:
-            reason = "exhausted" if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) else "invalid"
-            self._owed.append(Closed(conn, reason))
-            return conn
-        self._dialling[conn] = self._links[conn]
+
+        def go(address: str | None) -> None:
+            if address is None:
+                self._owed.append(Closed(conn, "unresolved"))
+                return
+            # Connecting and the handshake each have their own timer in libzmq; this one is for what has none there.
+            deadline = time.monotonic() + (2 * self._limits.dial_timeout_ms + 500) / 1000
+            try:
+                self._links[conn] = self._connect(_Link(conn, user_id, deadline), address, server_key, keys)
+            except (zmq.ZMQError, OSError) as error:
+                is_full = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+                self._owed.append(Closed(conn, "exhausted" if is_full else "invalid"))
+                return
+            self._dialling[conn] = self._links[conn]
+
+        self._resolver.resolve(endpoint, key=conn, then=go)
         return conn
 
     def _connect(self, link: _Link, endpoint: str, server_key: bytes, keys: KeyPair | None) -> _Link:
@@ -416,6 +444,7 @@ class Transport:
         route = self._route_of_conn.pop(conn, None)
         if route:
             route.is_muted = True
+        self._resolver.forget(conn)
         if self._owed:
             self._owed = [closed for closed in self._owed if closed.conn != conn]
 
@@ -440,21 +469,32 @@ class Transport:
         except InvalidInput:
             return False
         self.unwatch(endpoint)
-        subscriber = self._sub.socket
-        # Options count for the connections made after they are set, so that one socket can watch many keys.
-        subscriber.set(zmq.CURVE_SERVERKEY, server_key)
-        subscriber.set(zmq.IPV6, int("[" in endpoint))
-        subscriber.connect(endpoint)
-        self._touched.add(self._sub)
         self._watched[endpoint] = server_key
+
+        def go(address: str | None) -> None:
+            if address is None:
+                self._watched.pop(endpoint, None)  # the next call of `watch` tries again
+                return
+            self._watched_at[endpoint] = address
+            subscriber = self._sub.socket
+            # Options count for the connections made after they are set: one socket can watch many keys.
+            subscriber.set(zmq.CURVE_SERVERKEY, server_key)
+            subscriber.set(zmq.IPV6, int("[" in address))
+            subscriber.connect(address)
+            self._touched.add(self._sub)
+
+        self._resolver.resolve(endpoint, key=endpoint, then=go)
         return True
 
     def unwatch(self, endpoint: str) -> None:
         """Stop receiving the beats of an endpoint; nothing happens if it was not watched."""
-        if self._watched.pop(endpoint, None) is None:
+        self._resolver.forget(endpoint)
+        self._watched.pop(endpoint, None)
+        address = self._watched_at.pop(endpoint, None)
+        if address is None:
             return
         try:
-            self._sub.socket.disconnect(endpoint)
+            self._sub.socket.disconnect(address)
         except zmq.ZMQError as error:
             if error.errno != errno.ENOENT:  # libzmq drops the endpoint of a refused connection by itself
                 raise
@@ -478,6 +518,7 @@ class Transport:
             else:
                 self._ready[self._inlets[fd]] = None
 
+        self._resolver.deliver(time.monotonic())
         events: list[Event] = [*self._owed]
         self._owed.clear()
         ready = self._ready
@@ -505,10 +546,13 @@ class Transport:
     def _patience_ms(self, timeout_ms: int) -> float:
         if self._ready or self._owed:
             return 0
+        deadlines = [self._resolver.deadline]
         if self._dialling:
-            oldest = next(iter(self._dialling.values()))
-            return min(timeout_ms, max(0.0, (oldest.deadline - time.monotonic()) * 1000))
-        return timeout_ms
+            deadlines.append(next(iter(self._dialling.values())).deadline)
+        soonest = min((one for one in deadlines if one is not None), default=None)
+        if soonest is None:
+            return timeout_ms
+        return min(timeout_ms, max(0.0, (soonest - time.monotonic()) * 1000))
 
     def _recheck_touched(self) -> None:
         asked = [(inlet.socket, _POLLIN) for inlet in self._touched]
@@ -817,6 +861,90 @@ def _parse(endpoint: str, *, dial: bool = False) -> tuple[str, int]:
     raise InvalidInput(
         f"{endpoint!r} is no endpoint", hint="write it as tcp://HOST:PORT, such as tcp://127.0.0.1:7400"
     )
+
+
+class Resolver:
+    """Host names → addresses, each looked up in a thread of its own. Asked and answered in the owner thread.
+
+    getaddrinfo cannot be given up, so a name that nobody answers holds its thread for as long as the system waits;
+    the asker gets None after `limits.resolve_timeout_ms`, and only so many names are looked up at once.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        wake: Callable[[], None],
+        look_up: Callable[[str, int], list[str]] | None = None,
+    ) -> None:
+        self._limits = limits
+        self._wake = wake
+        self._look_up = look_up
+        self._asked: dict[object, tuple[str, float, Callable[[str | None], None]]] = {}  # endpoint, deadline
+        self._under_way: set[str] = set()  # endpoints
+        self._answers: SimpleQueue[tuple[str, list[str]]] = SimpleQueue()
+        self._turn = itertools.count()
+
+    def resolve(self, endpoint: str, *, key: object, then: Callable[[str | None], None]) -> None:
+        """Call `then` with the endpoint of an address: at once for one that has none to look up, else in `deliver`."""
+        host, port = _parse(endpoint, dial=True)
+        if _is_address(host):
+            then(endpoint)
+            return
+        self._asked[key] = (endpoint, time.monotonic() + self._limits.resolve_timeout_ms / 1000, then)
+        if endpoint not in self._under_way and len(self._under_way) < self._limits.resolvers_max:
+            self._under_way.add(endpoint)
+            look_up = self._look_up or addresses_of
+            threading.Thread(
+                target=self._run, args=(look_up, endpoint, host, port), name="bf-resolve", daemon=True
+            ).start()
+
+    def _run(self, look_up: Callable[[str, int], list[str]], endpoint: str, host: str, port: int) -> None:
+        try:
+            found = look_up(host, port)
+        except (OSError, UnicodeError):
+            found = []
+        self._answers.put((endpoint, found))
+        self._wake()
+
+    @property
+    def deadline(self) -> float | None:
+        return min((deadline for _, deadline, _ in self._asked.values()), default=None)
+
+    def deliver(self, now: float) -> None:
+        """Answer those who asked for what is known by now, or have waited long enough."""
+        found: dict[str, list[str]] = {}
+        while not self._answers.empty():
+            endpoint, addresses = self._answers.get()
+            self._under_way.discard(endpoint)
+            found[endpoint] = addresses
+        for key, (endpoint, deadline, then) in list(self._asked.items()):
+            if endpoint in found or now >= deadline:
+                del self._asked[key]
+                known = found.get(endpoint)
+                then(known[next(self._turn) % len(known)] if known else None)
+
+    def forget(self, key: object) -> None:
+        self._asked.pop(key, None)
+
+
+def addresses_of(host: str, port: int) -> list[str]:
+    """Ask the system for the endpoints of a host name."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    hosts = [str(where[0]) for *_, where in found]
+    return list(
+        dict.fromkeys(f"tcp://[{one}]:{port}" if ":" in one else f"tcp://{one}:{port}" for one in hosts)
+    )
+
+
+def _is_address(host: str) -> bool:
+    if host.startswith("["):
+        return True
+    try:
+        socket.inet_pton(socket.AF_INET, host)
+    except OSError:
+        return False
+    return True
 
 
 class _Waiter:

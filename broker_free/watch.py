@@ -73,6 +73,16 @@ class Watch:
         self.seen_ms.pop(peer, None)
         self._fit_to_size()
 
+    def renew(self, peer: str) -> None:
+        """Subscribe to a member's beats anew: a subscription that was refused never tries again by itself.
+
+        Whoever has just paired may have been let in only now.
+        """
+        member = self._members[peer]
+        if self._is_beating and member.beat_endpoint:
+            self._transport.unwatch(member.beat_endpoint)
+            self._watch([member])
+
     def state(self, peer: str) -> State:
         return self._presence.state(peer)
 

@@ -56,6 +56,10 @@ async def main(home: str, command: str, *args: str) -> None:
                 await stopped.wait()
             case "again", ():
                 await stopped.wait()
+            case "rotate", ():
+                say(code=(await node.invite()).encode())
+                await asyncio.to_thread(sys.stdin.readline)
+                await node.rotate_key()
             case "join", (code,):
                 say(joined=(await node.join(code)).node_id)
             case "sender", (peer, first, count):

@@ -34,7 +34,11 @@ KEY_OF = dict(zip((A, B, C, D, E, F, G, H), KEYS, strict=True))
 
 def member(node_id: str, key: bytes | None = None) -> Member:
     return Member(
-        node_id=node_id, name="n", public_key=key or KEY_OF[node_id], endpoints=("tcp://127.0.0.1:1",)
+        node_id=node_id,
+        name="n",
+        public_key=key or KEY_OF[node_id],
+        first_key=KEY_OF[node_id] if key else b"",
+        endpoints=("tcp://127.0.0.1:1",),
     )
 
 
@@ -46,15 +50,13 @@ def says_out(writer: str, subject: str, stamp: int) -> Word:
     return Word(writer=writer, subject=subject, stamp=stamp)
 
 
-def entry_of(word: Word, *, origin: str | None = None, first_key: bytes | None = None) -> Entry:
-    first = first_key or KEY_OF.get(word.subject, b"")
-    value = introduction(word.member, first_key=first) if word.member else removal()
+def entry_of(word: Word) -> Entry:
     return Entry(
         bucket=MEMBERS,
         key=word_key(word.writer, word.subject),
-        value=value,
+        value=introduction(word.member) if word.member else removal(),
         stamp=word.stamp,
-        origin=origin or word.writer,
+        origin=word.writer,
     )
 
 
@@ -63,7 +65,7 @@ def members(words: Iterable[Word]) -> set[str]:
 
 
 def test_a_word_is_read_as_it_was_written() -> None:
-    for word in (says_in(A, B, 7), says_out(A, B, 8)):
+    for word in (says_in(A, B, 7), says_in(A, B, 7, KEYS[5]), says_out(A, B, 8)):
         assert word_of(entry_of(word)) == word
 
 

@@ -88,8 +88,8 @@ def test_secrets_do_not_show_in_a_repr() -> None:
 
 def test_keys_are_made_once_and_then_loaded(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "keys.json"
-    assert load_or_create_keys(path, lambda: KEYS) == KEYS
-    assert load_or_create_keys(path, unwanted) == KEYS
+    assert load_or_create_keys(path, lambda: KEYS).current == KEYS
+    assert load_or_create_keys(path, unwanted).current == KEYS
 
 
 def test_the_key_file_and_its_folder_are_the_owners_alone_whatever_the_umask(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_key_file_that_others_may_open_is_refused_with_the_command_that_helps(
         load_or_create_keys(kept, unwanted)
     assert refusal.value.hint == f"chmod 600 {kept}"
     kept.chmod(0o600)
-    assert load_or_create_keys(kept, unwanted) == KEYS
+    assert load_or_create_keys(kept, unwanted).current == KEYS
 
 
 def test_a_folder_that_others_may_enter_is_refused_before_a_key_is_made(tmp_path: Path) -> None:
