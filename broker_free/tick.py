@@ -60,6 +60,7 @@ from broker_free.link import Held, Ledger, Link, Queued
 from broker_free.message import Envelope, Message, check_message, id_to_bytes, new_id
 from broker_free.outside import load_json
 from broker_free.registry import Entry, Key, Registry
+from broker_free.registry import decode as decode_entries
 from broker_free.subject import check_pattern, matches
 
 log = logging.getLogger("broker_free")
