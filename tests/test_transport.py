@@ -32,7 +32,7 @@ from broker_free.transport import (
     public_of,
 )
 
-WITHIN_S = 5.0
+WITHIN_S = 30.0  # nothing here is a race: a loaded machine gets its time
 LIMITS = Limits(dial_timeout_ms=1_000)
 
 
