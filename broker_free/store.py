@@ -84,7 +84,6 @@ QUEUED, DELIVERED, EXPIRED, CANCELLED, DEAD, QUARANTINED, REVOKING = range(7)
 OUTBOX_STATES: Final = ("queued", "delivered", "expired", "cancelled", "dead", "quarantined", "revoking")
 NEW, CLAIMED, DONE, INBOX_DEAD, INBOX_QUARANTINED = range(5)
 
-EFFECT_ATTEMPTS_MAX: Final = 10
 DAMAGED: Final = "damaged on this node's disk"  # the reason of what is quarantined
 _NOTES_MAX: Final = 100  # events waiting for the next house-keeping; what floods is counted, not kept
 _OPEN: Final = ".open"  # exists beside the store while a node has it, and after one that did not close it
@@ -635,12 +634,14 @@ class Store:
             (attempts,) = self._conn.execute(
                 "SELECT attempts + 1 FROM inbox WHERE row = ?", (row,)
             ).fetchone()
-            is_dead = attempts >= EFFECT_ATTEMPTS_MAX
+            is_dead = attempts >= self._limits.deliveries_max
             due_ms = None if is_dead else now_ms + min(1_000 << attempts, 300_000)
             self._conn.execute(
                 "UPDATE inbox SET state = ?, attempts = ?, due_ms = ?, reason = ? WHERE row = ?",
                 (INBOX_DEAD if is_dead else NEW, attempts, due_ms, reason, row),
             )
+        if is_dead:
+            self._record([(utc_ms(), "dead-letter", "", f"inbox row {row}, {attempts} tries: {reason}")])
         if due_ms is not None:
             self.backlog += 1
             self._next_due_ms = min(due_ms, self._next_due_ms or due_ms)
@@ -749,12 +750,25 @@ class Store:
         return found.rowcount == 1
 
     def job_again(self, consumer: int, row: int, due_ms: int) -> None:
-        """Hand the job out again at `due_ms`."""
+        """Hand the job out again at `due_ms`, or never more when this was the last try: a dead letter."""
         with self._translating():
-            self._conn.execute(
-                "UPDATE job SET attempts = attempts + 1, due_ms = ? WHERE consumer = ? AND row = ?",
+            (attempts,) = self._conn.execute(
+                "UPDATE job SET attempts = attempts + 1, due_ms = ? WHERE consumer = ? AND row = ? RETURNING attempts",
                 (due_ms, consumer, row),
+            ).fetchone() or (0,)
+            if attempts < self._limits.deliveries_max:
+                return
+            self._conn.execute("DELETE FROM job WHERE consumer = ? AND row = ?", (consumer, row))
+            self._conn.execute(
+                f"UPDATE inbox SET state = {INBOX_DEAD}, reason = ? WHERE row = ?"
+                " AND NOT EXISTS (SELECT 1 FROM job WHERE row = ?)",
+                (f"given back {attempts} times", row, row),
             )
+            (name,) = self._conn.execute("SELECT name FROM consumer WHERE id = ?", (consumer,)).fetchone()
+        self.backlog -= 1
+        self._record(
+            [(utc_ms(), "dead-letter", "", f"inbox row {row}, given back {attempts} times by {name!r}")]
+        )
 
     # -- the outbox -----------------------------------------------------------------------------------------
 

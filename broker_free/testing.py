@@ -143,7 +143,6 @@ class Image(NamedTuple):
 
 
 _MISSING: Final = object()
-_EFFECT_ATTEMPTS_MAX: Final = 10
 
 
 class SimJournal:
@@ -344,7 +343,7 @@ class SimJournal:
 
     def failed(self, row: int, reason: str, now_ms: int) -> None:
         attempts = self.inbox[row].attempts + 1
-        is_dead = attempts >= _EFFECT_ATTEMPTS_MAX
+        is_dead = attempts >= self._limits.deliveries_max
         self._set(
             self.inbox, row, self.inbox[row]._replace(attempts=attempts, state="dead" if is_dead else "new")
         )

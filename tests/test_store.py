@@ -267,6 +267,28 @@ def test_a_new_consumer_is_given_what_nobody_has_claimed_and_its_acks_last(store
     again.close()
 
 
+def test_a_job_that_is_given_back_too_often_is_a_dead_letter_and_an_event(path: Path) -> None:
+    store = Store(path, me="m" * 32, limits=Limits(deliveries_max=2))
+    store.open()
+    poison, other = message(), message()
+    store.begin()
+    number = store.consumer_open("billing", "a.*")
+    store.commit()
+    for one in (poison, other):
+        accept(store, one)
+    (row, _) = (envelope.row for envelope, _ in store.jobs(number, now_ms=NOW, limit=10, leave_out=set()))
+    for _ in range(2):
+        store.begin()
+        store.job_again(number, row, NOW)
+        store.commit()
+    left = store.jobs(number, now_ms=NOW, limit=10, leave_out=set())
+    assert [envelope.id for envelope, _ in left] == [other.id]
+    assert store.backlog == 1
+    (detail,) = store._conn.execute("SELECT detail FROM event WHERE kind = 'dead-letter'").fetchone()
+    assert detail == f"inbox row {row}, given back 2 times by 'billing'"
+    store.close()
+
+
 def test_a_durable_name_keeps_its_pattern(store: Store) -> None:
     store.begin()
     store.consumer_open("billing", "a.*")

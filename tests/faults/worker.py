@@ -288,6 +288,10 @@ class _Worker:
         rows = await self.node.read(lambda db: db.execute_sql(sql).fetchall())
         return {"inbox": [[number_of(body)[1], state, attempts] for body, state, attempts in rows]}
 
+    async def do_events(self, kind: str) -> dict[str, Any]:
+        """What the node has written down about itself."""
+        return {"events": [event.detail for event in await self.node.events(kind=kind)]}
+
     async def do_filed(self) -> dict[str, Any]:
         """The numbers that the effect has written, in its order."""
         return {
