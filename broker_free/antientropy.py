@@ -135,6 +135,7 @@ class Sync:
         self._fills: list[tuple[str, list[Entry]]] = []
         self._house_due_ms = 0
         self._warn_after_ms = 0
+        self.turns = 0  # how often it was time to compare with somebody
         self._wrong_since_ms: int | None = None
 
     # -- sessions -------------------------------------------------------------------------------------------
@@ -152,6 +153,8 @@ class Sync:
         if not (isinstance(root, str) and type(away_ms) is int and type(their_ms) is int):
             return  # of a version without this protocol
         self.skews_ms[peer] = their_ms - utc_ms
+        if self._due_ms is None:
+            self._due_ms = now_ms + self._pause_ms()
         self._peers[peer] = max(0, away_ms)
         if root == self._registry.root:
             self._has_synced(utc_ms)
@@ -392,18 +395,17 @@ class Sync:
             wake_ms = min(wake_ms, one.deadline_ms if is_waiting else one.page_due_ms)
         if self._gossip:
             wake_ms = min(wake_ms, self._gossip_due_ms)
-        if self._due_ms is not None and self._due_ms < wake_ms and self._peers:
+        if self._due_ms is not None and self._due_ms < wake_ms:
             wake_ms = self._due_ms
         return max(now_ms, wake_ms)
 
     def _schedule(self, now_ms: int) -> None:
-        if self._due_ms is None:
-            self._due_ms = now_ms + self._pause_ms()
         if self._gossip and now_ms >= self._gossip_due_ms:
             self._wanted[self._gossip.pop(0)] = None
             self._gossip_due_ms = now_ms + _SOON_MS
-        if now_ms >= self._due_ms:
+        if self._due_ms is not None and now_ms >= self._due_ms:
             self._due_ms = now_ms + self._pause_ms()
+            self.turns += 1
             if self._peers:
                 self._wanted[list(self._peers)[int(self._random.random() * len(self._peers))]] = None
 

@@ -717,7 +717,7 @@ class Tick:
             self._transaction(work)
         self._weigh_backlog()
         if self._sync.next_wake_ms(self._now_ms) <= self._now_ms:
-            self._say(self._sync.converse(now_ms=self._now_ms, utc_ms=self._utc_ms))
+            self._converse()
         if self._stirred:
             self._follow_up()
         outcome, self._outcome = self._outcome, Outcome()
@@ -1100,6 +1100,13 @@ class Tick:
         written = [entry for entry in found.entries.values() if entry.origin == self.me]
         self._say(self._sync.committed([*own, *written]))
         return [*gone, *found.entries.values(), *own]
+
+    def _converse(self) -> None:
+        turns = self._sync.turns
+        self._say(self._sync.converse(now_ms=self._now_ms, utc_ms=self._utc_ms))
+        if self._sync.turns > turns and not self._is_eager and self.links:
+            # Where sessions are dialled on demand, comparing is one: greetings show whether there is more to say.
+            self.want(list(self.links)[int(self._random.random() * len(self.links))])
 
     def _say(self, says: Iterable[Say]) -> None:
         for peer, meta, body in says:

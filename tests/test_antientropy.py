@@ -486,6 +486,43 @@ def test_all_registries_are_alike_after_any_schedule_on_any_topology() -> None:
                 raise AssertionError(f"seed {seed}: {error}") from error
 
 
+def test_nodes_that_dial_on_demand_compare_by_and_by() -> None:
+    with quiet():
+        cluster = Cluster(1, nodes=4, limits=replace(SMALL, registry_sync_ms=2_000))
+        assert cluster.heal() <= 30_000
+        for node in cluster.nodes.values():
+            assert node.tick is not None
+            node.tick.be_eager(False)
+            node.tick.retire_idle(keep=0, idle_ms=0)
+        cluster.run(100)
+        assert not any(
+            link.is_open for node in cluster.nodes.values() if node.tick for link in node.tick.links.values()
+        )
+        cluster.transact("n0", lambda tx: tx.registry_put("b", "k", {"n": 1}) and None)
+        for _ in range(600):
+            cluster.run(100)
+            if len({node.tick.registry.root for node in cluster.nodes.values() if node.tick}) == 1:
+                break
+        for node in cluster.nodes.values():
+            assert node.tick is not None
+            assert [entry.value for entry in node.tick.registry.bucket("b")] == [{"n": 1}]
+
+
+def test_an_idle_mesh_goes_on_comparing() -> None:
+    with quiet():
+        cluster = Cluster(1, nodes=2, limits=replace(SMALL, registry_sync_ms=2_000))
+        cluster.heal()
+        node = cluster.nodes["n1"]
+        assert node.tick is not None
+        # As if a frame had been lost: written here, and nobody was told.
+        lost = node.tick.registry.make("b", "k", {"n": 1}, now_ms=node.utc_ms)
+        node.tick.registry.apply([lost], own=True)
+        cluster.run(10_000)
+        other = cluster.nodes["n0"].tick
+        assert other is not None
+        assert [entry.value for entry in other.registry.bucket("b")] == [{"n": 1}]
+
+
 # Numbers -----------------------------------------------------------------------------------------------------
 
 
