@@ -1384,7 +1384,6 @@ class Cluster:
             tuple[SimNode, Publish]
         ] = []  # not returned: may have happened, may be tried again
         self._published: deque[tuple[SimNode, str]] = deque(maxlen=6)
-        self._has_registry = False
         self._chances: list[tuple[float, Callable[[], None]]] = []
         for number in range(nodes):
             name = f"n{number}"
@@ -1565,8 +1564,6 @@ class Cluster:
         )
 
     def _are_alike(self) -> bool:
-        if not self._has_registry:
-            return True
         return len({node.tick.registry.root for node in self.nodes.values() if node.tick}) == 1
 
     def _has_gone_back(self) -> bool:
@@ -1727,7 +1724,6 @@ class Cluster:
         elif point < 0.90 and self._unsure:
             self._try_again()
         elif point < 0.95:
-            self._has_registry = True
             value = {"at": self.clock.now_ms} if point < 0.94 else None
             self.transact(node.name, lambda tx: tx.registry_put("b", f"k{self._below(3)}", value))
         else:
