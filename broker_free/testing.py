@@ -6,10 +6,19 @@ replays the same schedule every time. `check` holds the promises against what ha
 
     cluster = Cluster(seed=7, nodes=3)
     cluster.effect("orders.*", file_order)                  # the function under test, on every node
+    cluster.run(500)                                        # the nodes start and find each other
     cluster.publish("n0", "orders.created", b"...", to=["n1", "n2"])
     cluster.chaos(ms=3_000, operations=30)                  # publishes, crashes, cuts, failing commits, partitions
     cluster.heal()
     cluster.check()                                         # raises Violation, naming the invariant
+
+An effect under test is the plain function that `Node.effect` takes; it may `tx.publish` and `tx.registry_put`. What it
+keeps elsewhere must be kept by node and undone with the transaction, as an application's tables are in a real node;
+look at `inbox` rather than at lists of your own. Let it draw nothing but from `cluster.random` and iterate over no
+sets, or a seed will not replay. Work of your own runs by `publish` and `transact`, faults of your own by `crash`,
+`part`, `go_back` and `SimNode.journal.fail`; `run` lets time pass. `Faults` says how often `chaos` does what,
+`counts` what really happened, and `Cluster(seed, trace=print)` tells it line by line. `examples/simulated.py` is a
+whole test. Failing commits are logged as in a real node: quiet the logger "broker_free" if they are not news.
 
 What is simulated is what a process can meet: a frame, a connection, a commit, a clock. Not simulated: SQLite, the
 disk, ZeroMQ and threads; they have tests of their own. Nothing here reads the wall clock or opens a file.
@@ -1090,6 +1099,15 @@ class SimNode:
             except Crashed:
                 self.crash()
 
+    def hold(self, *, for_ms: int) -> None:
+        """Take no messages for a while, as a node with a slow store or full consumers does."""
+        if self.tick is not None:
+            try:
+                self.tick.hold("simulated", for_ms=for_ms)
+                self.wake(0)
+            except Crashed:
+                self.crash()
+
     def receive(self, event: tuple[Any, ...], life: int) -> None:  # Any: see _events
         if life == self.life and self.tick is not None:
             self._events.append(event)
@@ -1220,7 +1238,9 @@ class Oracle:
 
     def cancelled(self, node: SimNode, message_id: str, peer: str) -> None:
         """The caller was told that the recipient will never have it."""
-        if (node.name, message_id) in self._nodes[peer].journal.known and not node.has_gone_back:
+        # Content that the caller used this id for by mistake may be there: it was another message that was withdrawn.
+        is_held = (node.name, message_id) in self._nodes[peer].journal.known
+        if is_held and message_id not in self.conflicts and not node.has_gone_back:
             raise Violation("I1", f"{node.name} calls {message_id} cancelled, and {peer} has it")
 
     # -- when all is calm -------------------------------------------------------------------------------------
@@ -1287,7 +1307,7 @@ class Oracle:
                 raise Violation("I10", f"{where} has no row at its sender")
             if row.state == "delivered" and not is_held:
                 raise Violation("I1", f"{where} is lost: delivered, says its sender")
-            if row.state == "cancelled" and is_held:
+            if row.state == "cancelled" and is_held and attempt.id not in self.conflicts:
                 raise Violation("I1", f"{where} is cancelled, says its sender, and was delivered")
             if row.state == "dead" and attempt.id not in self.conflicts:
                 raise Violation("I1", f"{where} is dead: {row.reason}")
@@ -1327,6 +1347,7 @@ class Faults:
     part: float = 0.04  # two nodes cannot reach each other for a while
     detour: float = 0.02  # one of the two ways between two nodes is cut off for a while; the other one works
     commit: float = 0.08  # a transaction fails at its beginning, at a statement or at its end
+    hold: float = 0.04  # a node takes no messages for a while: credit 0
     doubt: float = 0.04  # a commit fails when its message has left; the caller repeats it behind a newer one
     clock: float = 0.02  # UTC jumps by up to six hours
     rollback: float = 0.0  # a node's store is replaced by an older one, or by an empty one, while it is down
@@ -1347,6 +1368,7 @@ _CALM: Final = Faults(
     part=0,
     detour=0,
     commit=0,
+    hold=0,
     doubt=0,
     clock=0,
     effect_failure=0,
@@ -1590,6 +1612,7 @@ class Cluster:
                     self._unsure.append((node, work))
         for message_id, peer, reason in outcome.dead:
             if reason == CANCELLED:
+                self.counts["message cancelled"] += 1
                 self.oracle.cancelled(node, message_id, peer)
         for message_id, peer in outcome.delivered:
             self.oracle.delivered(node, message_id, peer)
@@ -1654,6 +1677,7 @@ class Cluster:
             (faults.part, self._part_two),
             (faults.detour, self._detour_two),
             (faults.commit, self._fail_one),
+            (faults.hold, self._hold_one),
             (faults.doubt, self._doubt_one),
             (faults.clock, self._jump_one),
             (faults.backup, self._keep_image),
@@ -1857,6 +1881,13 @@ class Cluster:
         if node is not None:
             node.journal.fail = ("begin", "write", "commit", "commit")[self._below(4)]
             self._publish_on(node)
+
+    def _hold_one(self) -> None:
+        node = self._any_up()
+        if node is not None:
+            self._say(f"{node.name} takes no messages for a while")
+            self.counts["credit withheld"] += 1
+            node.hold(for_ms=50 + self._below(3_000))
 
     def _doubt_one(self) -> None:
         node = self._any_up()

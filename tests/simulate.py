@@ -5,9 +5,11 @@
     python -m tests.simulate --seed 4711                one schedule, with a line for all that happens
     python -m tests.simulate --bug no-dedup             break the code on purpose: how many seeds until it shows?
 
-A schedule is small (two to five nodes, some ten operations, a second or two of simulated time), because a bug that
-needs a long one nearly always shows in a short one too, and short ones are read with less pain. Exit 1: a promise
-was broken; the seed and the invariant are printed, and `--seed` replays it (with the same `--rollback`, `--bug`).
+The seed also draws the kind of schedule (PROFILES). Most are small (two or three nodes, some seven operations, a second
+of simulated time), because a bug that needs a long one nearly always shows in a short one too, and short ones are
+read with less pain; some have five to seven nodes, two ways between them, or stores put back one after another.
+`--profile` asks for one kind. Exit 1: a promise was broken; the seed and the invariant are printed, and `--seed`
+replays it (with the same `--rollback`, `--profile`, `--bug`).
 """
 
 from __future__ import annotations
@@ -103,6 +105,7 @@ PROFILES = {
                 part=0.0,
                 detour=0.0,
                 commit=0.0,
+                hold=0.0,
                 clock=0.0,
                 doubt=2.0,
                 backup=2.0,

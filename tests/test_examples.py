@@ -16,6 +16,7 @@ PRINTS = {
         "on disk in the warehouse",
         "filed: ['three chairs']",
     ],
+    "simulated.py": ["20 schedules: every order confirmed once"],
     "work_queue.py": [
         "not now: order 0",
         "billed: order 1 (try 1)",

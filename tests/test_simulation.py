@@ -68,6 +68,8 @@ EXERCISED = {
     "regression found",
     "registry written",
     "message expired",
+    "message cancelled",
+    "credit withheld",
 }
 
 
