@@ -56,6 +56,7 @@ class Limits:
     in_doubt_max: int = 256  # ids listed in a resync; more are sent again and recognised as duplicates
     deliveries_max: int = 10  # tries of one message by one consumer or effect; after them it is a dead letter
     backlog_messages_max: int = 10_000  # unsettled jobs: from here on peers must wait, until half is done
+    ephemeral_pending_max: int = 10_000  # messages that are never stored, waiting for a loop that is behind
     slow_store_ms: int = 1_000  # a tick that took so long makes the peers wait as long again
     alarm_repeat_ms: int = 600_000  # the same alarm of the same peer is told once in this time
 

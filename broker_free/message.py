@@ -43,6 +43,7 @@ class Message:
     headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
     reply_to: str | None = None
     blobs: tuple[str, ...] = ()  # ids of the large bodies that go with it; the sender serves them
+    wants_receipt: bool = False  # its recipients say when they are done with it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,7 @@ class Envelope:
     reply_to: str | None = None
     ttl_ms: int | None = None  # what remained of its lifetime when it arrived, if its sender gave it one
     blobs: tuple[str, ...] = ()  # of large bodies: `fetch_blob(id, peer=sender)`
+    wants_receipt: bool = False  # its sender is told when it is done with here
 
 
 def new_id(now_ms: int) -> str:
@@ -92,7 +94,7 @@ def id_from_bytes(raw: bytes) -> str:
 def metadata_of(message: Message) -> bytes:
     """Return the metadata of a checked message as it travels and is stored: JSON, absent keys left out."""
     if (
-        not message.reply_to and not message.headers and not message.blobs
+        not message.reply_to and not message.headers and not message.blobs and not message.wants_receipt
     ):  # a checked id and subject hold nothing that JSON escapes
         return f'{{"id":"{message.id}","subject":"{message.subject}"}}'.encode()
     meta: dict[str, object] = {"id": message.id, "subject": message.subject}
@@ -102,6 +104,8 @@ def metadata_of(message: Message) -> bytes:
         meta["headers"] = dict(message.headers)
     if message.blobs:
         meta["blobs"] = message.blobs
+    if message.wants_receipt:
+        meta["receipt"] = True
     return _to_json(meta).encode()
 
 
@@ -137,7 +141,13 @@ def parse_metadata(raw: bytes, body: bytes, limits: Limits) -> Message:
     id_to_bytes(message_id)
     check_subject(subject)
     return Message(
-        id=message_id, subject=subject, body=body, headers=headers, reply_to=reply_to, blobs=tuple(blobs)
+        id=message_id,
+        subject=subject,
+        body=body,
+        headers=headers,
+        reply_to=reply_to,
+        blobs=tuple(blobs),
+        wants_receipt=meta.get("receipt") is True,
     )
 
 

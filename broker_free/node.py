@@ -44,7 +44,7 @@ from broker_free.owner import Owner, PeerView, in_owner_thread
 from broker_free.schema import Migrations
 from broker_free.security import Invitation
 from broker_free.store import Event, Reader, read_events
-from broker_free.subject import matches
+from broker_free.subject import check_pattern, matches
 from broker_free.subscription import Subscription
 from broker_free.tick import Alarm, Effect, Outcome, Publish, Transact, Tx, Work
 from broker_free.transport import new_keypair
@@ -67,7 +67,7 @@ _ENDS: Final = {"delivered": "delivered", "cancelled": "cancelled", "expired": "
 class Receipt:
     """A publish that is on disk here. Follow it to the disks of its recipients."""
 
-    __slots__ = ("_dead", "_followers", "_waiting", "id", "recipients")
+    __slots__ = ("_dead", "_followers", "_undone", "_waiting", "_watchers", "id", "recipients")
 
     def __init__(self, message_id: str, recipients: Sequence[str]) -> None:
         self.id = message_id
@@ -75,6 +75,41 @@ class Receipt:
         self._waiting = set(recipients)
         self._dead: dict[str, str] = {}
         self._followers: list[asyncio.Future[None]] = []
+        self._undone = set(recipients)
+        self._watchers: list[asyncio.Future[None]] = []
+
+    async def done(self, timeout: float | None = None) -> None:
+        """Wait until every recipient is done with a message that was published with `receipt=True`.
+
+        Raises TimedOut when that has not happened yet, InvalidInput when one will never be (it refused the message, or
+        gave it up after too many tries), NodeClosed when this node ends before it knows.
+        """
+        try:
+            if self._undone:
+                watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._watchers.append(watcher)
+                async with asyncio.timeout(timeout):
+                    await watcher
+        except TimeoutError:
+            raise TimedOut(
+                f"{len(self._undone)} of {len(self.recipients)} recipients are not done with it yet",
+                hint="their receipts come when they are, also after a restart: see on_receipt",
+            ) from None
+        if self._dead:
+            peer, reason = next(iter(self._dead.items()))
+            raise InvalidInput(f"{peer} is not done with the message and never will be: {reason}")
+
+    def done_by(self, peer: str, state: str) -> bool:
+        """Take in one recipient's receipt. Returns whether it was the last."""
+        if state != "done":
+            self._dead.setdefault(peer, state)
+        self._undone.discard(peer)
+        if self._undone:
+            return False
+        for watcher in self._watchers:
+            succeed(watcher, None)
+        self._watchers.clear()
+        return True
 
     async def delivered(self, timeout: float | None = None) -> None:
         """Wait until every recipient holds the message on disk; `timeout` is in seconds.
@@ -116,9 +151,10 @@ class Receipt:
 
     def fail(self, error: BaseException) -> None:
         """Tell those who wait that this node will not learn of it any more."""
-        for follower in self._followers:
+        for follower in (*self._followers, *self._watchers):
             fail(follower, error)
         self._followers.clear()
+        self._watchers.clear()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +213,10 @@ class Node:
         self._owner: Owner | None = None
         self._views: dict[str, PeerView] = {}
         self._entries = Mirror()
+        self._undone: dict[str, Receipt] = {}  # of those that asked for receipts
+        self._handlers: list[tuple[str, Callable[[Envelope], None]]] = []
+        self._on_receipt: list[Callable[[list[tuple[str, str, str]]], None]] = []
+        self.ephemerals_taken = 0  # how many `take` has seen: what waits for the loop is bounded
         self._receipts: dict[str, Receipt] = {}  # not yet answered by all; as many as outboxes hold at most
         self._futures: dict[Work, asyncio.Future[Any]] = {}  # Any: each transact has its own result
         self._subscriptions: list[Subscription] = []
@@ -214,6 +254,57 @@ class Node:
         """Call `fn([(message id, peer, reason)])` on the loop when a message can never be delivered."""
         self._on_dead.append(fn)
 
+    def on_receipt(self, fn: Callable[[list[tuple[str, str, str]]], None]) -> None:
+        """Call `fn([(message id, peer, state)])` on the loop when recipients are done with what asked for receipts.
+
+        `state` is done, or dead when the recipient gave up after too many tries. Told once, also after restarts.
+        """
+        self._on_receipt.append(fn)
+
+    def on(self, pattern: str, fn: Callable[[Envelope], None]) -> Callable[[], None]:
+        """Call `fn(envelope)` on the loop for each message that somebody hands out with `send`; return what stops it.
+
+        Such messages are stored nowhere: what comes while this node is not connected, or its loop is behind, is lost.
+        """
+        check_pattern(pattern)
+        entry = (pattern, fn)
+        self._handlers.append(entry)
+        self._tell_listening()
+
+        def stop() -> None:
+            if entry in self._handlers:
+                self._handlers.remove(entry)
+                self._tell_listening()
+
+        return stop
+
+    def _tell_listening(self) -> None:
+        owner = self._owner
+        if owner is not None:
+            patterns = self.listening()
+            owner.later(lambda: owner.listen(patterns))
+
+    def listening(self) -> tuple[str, ...]:
+        return tuple(pattern for pattern, _ in self._handlers)
+
+    async def send(
+        self,
+        subject: str,
+        body: bytes,
+        *,
+        to: Sequence[str] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[str, ...]:
+        """Hand a message to peers that are connected now, at most once, stored nowhere; return whom it was handed to.
+
+        `to` names node ids; without it, whoever listens (`on`) to the subject. Nobody answers for its arrival: for what
+        must arrive there is `publish`. Raises InvalidInput, UnknownPeer.
+        """
+        owner = self._running()
+        message = Message(id=new_id(utc_ms()), subject=subject, body=body, headers=headers or {})
+        check_message(message, self.limits)
+        return tuple(await owner.ask(lambda: owner.send_ephemeral(message, to)))
+
     def on_alarm(self, fn: Callable[[Alarm], None]) -> None:
         """Call `fn(alarm)` on the loop when something happened that a person should look at: see `Alarm.kind`."""
         self._on_alarm.append(fn)
@@ -239,6 +330,7 @@ class Node:
         owner = Owner(self, asyncio.get_running_loop())
         await owner.start(self._listen, self._models, self._migrations, self._effects)
         self._owner = owner
+        self._tell_listening()
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="bf-read", initializer=self._open_reader)
 
     async def close(self) -> None:
@@ -276,13 +368,16 @@ class Node:
         ttl_ms: int | None = None,
         message_id: str | None = None,
         blobs: Sequence[str] = (),
+        receipt: bool = False,
     ) -> Coroutine[Any, Any, Receipt]:
         """Queue a message durably and return once it is on disk here.
 
         `to` names node ids (this node's own included, if wanted); without it the recipients are all members whose
         interest covers the subject now, offline ones too. `blobs` are ids from `put_blob`: the recipients may fetch
-        them from here for as long as the message is queued or retained. Raises InvalidInput, UnknownPeer, UnknownBlob,
-        OutboxFull, StoreFailed; OutcomeUnknown when the commit failed after the message may have left.
+        them from here for as long as the message is queued or retained. With `receipt`, the recipients say when they
+        are done with it (`Receipt.done`, `on_receipt`): each consumer there has acked it, or its effect ran. Raises
+        InvalidInput, UnknownPeer, UnknownBlob, OutboxFull, StoreFailed; OutcomeUnknown when the commit failed after the
+        message may have left.
         """
         _refuse_inside("publish", "tx.publish joins the transaction")
         message = Message(
@@ -291,6 +386,7 @@ class Node:
             body=body,
             headers=headers or {},
             blobs=tuple(blobs),
+            wants_receipt=receipt,
         )
         meta = check_message(message, self.limits)
         work = Publish(
@@ -536,6 +632,8 @@ class Node:
                 receipt = Receipt(work.message.id, result)
                 if result:
                     self._receipts[receipt.id] = receipt
+                    if work.message.wants_receipt:
+                        self._undone[receipt.id] = receipt
                 self._resolve(work, receipt, None)
             else:
                 self._resolve(work, result, None)
@@ -555,6 +653,11 @@ class Node:
             found = self._receipts.get(message_id)
             if found is not None and found.refused_by(peer, reason):
                 del self._receipts[message_id]
+        ended = [*outcome.receipts, *outcome.dead] if self._undone else ()
+        for message_id, peer, state in ended:
+            found = self._undone.get(message_id)
+            if found is not None and found.done_by(peer, state):
+                del self._undone[message_id]
         for subscription in self._subscriptions:
             if any(matches(subscription.pattern, envelope.subject) for envelope in outcome.arrivals):
                 subscription.notify()
@@ -564,6 +667,15 @@ class Node:
             calls += [(fn, (outcome.delivered,)) for fn in self._on_delivered]
         if outcome.dead:
             calls += [(fn, (outcome.dead,)) for fn in self._on_dead]
+        if outcome.receipts:
+            calls += [(fn, (outcome.receipts,)) for fn in self._on_receipt]
+        self.ephemerals_taken += len(outcome.ephemerals)
+        calls += [
+            (fn, (envelope,))
+            for envelope in outcome.ephemerals
+            for pattern, fn in self._handlers
+            if matches(pattern, envelope.subject)
+        ]
         calls += [(fn, (alarm,)) for alarm in outcome.alarms for fn in self._on_alarm]
         self._call(calls)
         self._room.set()
@@ -610,9 +722,10 @@ class Node:
         self._futures.clear()
         for waiter in self._waiters:
             fail(waiter.future, error)
-        for receipt in self._receipts.values():
+        for receipt in (*self._receipts.values(), *self._undone.values()):
             receipt.fail(error)
         self._receipts.clear()
+        self._undone.clear()
         self._entries.close()
 
     # -- durable consumers (called by subscriptions and jobs) -------------------------------------------------

@@ -42,7 +42,7 @@ from broker_free.health import Health, HealthState
 from broker_free.home import lock, make_private, unlock
 from broker_free.membership import MEMBERS, WHEREABOUTS, Member
 from broker_free.mesh import Mesh
-from broker_free.message import Envelope
+from broker_free.message import Envelope, Message
 from broker_free.outside import Allowance, Refusals, printable
 from broker_free.pairing import Pairing
 from broker_free.presence import State
@@ -148,6 +148,7 @@ class Owner:
         self._rtt: dict[str, float] = {}
         self._housekeeping_due_ms = 0
         self._prune_due_ms = 0  # steady
+        self._ephemerals_told = 0
         self._dirty: set[str] = set()  # peers whose view has changed
         self._leases = Leases()
         self._broken: StoreFailed | None = None  # why the store is not written to any more
@@ -203,6 +204,12 @@ class Owner:
         """Count what was turned away since the start, by reason."""
         counts = self._transport.refused + self._tick.refused + self.carrier.counts()
         return dict(sorted((counts + self.refusals.counts).items()))
+
+    def listen(self, patterns: tuple[str, ...]) -> None:
+        self._tick.listen(patterns)
+
+    def send_ephemeral(self, message: Message, to: Sequence[str] | None) -> list[str]:
+        return self._tick.send(message, to)
 
     def alarms(self) -> dict[str, int]:
         return dict(self._tick.alarms)
@@ -270,7 +277,7 @@ class Owner:
     def commit_job(self, tx: Tx, lease: Lease, fn: Callable[..., T], *args: Any) -> T:
         """Settle a job and run `fn(tx, *args)`, both or neither. LeaseLost before anything is written."""
         self._leases.check(lease, now_ms=mono_ms())
-        if not self._store.job_done(lease.consumer, lease.row):
+        if not self._store.job_done(lease.consumer, lease.row, tx.steady_ms):
             raise LeaseLost(f"job {lease.row} has been settled before", hint="nothing is left to do for it")
         result = fn(tx, *args)
         faults.reach("job-done")
@@ -731,10 +738,22 @@ class Owner:
             or outcome.callbacks
             or outcome.entries
             or outcome.alarms
+            or outcome.receipts
+            or outcome.ephemerals
         ):
+            self._bound_ephemerals(outcome)
             self.tell(self._node.take, outcome)
         if self._dirty:
             self.tell_views()
+
+    def _bound_ephemerals(self, outcome: Outcome) -> None:
+        """Let only so many messages that are never stored wait for a loop that is behind; the others are lost."""
+        room = self._limits.ephemeral_pending_max - (self._ephemerals_told - self._node.ephemerals_taken)
+        lost = len(outcome.ephemerals) - max(0, room)
+        if lost > 0:
+            del outcome.ephemerals[-lost:]
+            self._tick.refused["ephemeral-overflow"] += lost
+        self._ephemerals_told += len(outcome.ephemerals)
 
     def _keep_house(self, now_ms: int) -> None:
         self.pairing.keep(now_ms)

@@ -56,6 +56,9 @@ STEPS: Final[tuple[tuple[str, ...], ...]] = (
         # -- link: lifetimes of what is in the inbox, the steady clock they count in, receipts on their way back
         "CREATE INDEX outbox_revoking ON outbox (peer, row) WHERE state = 6",
         "ALTER TABLE outbox ADD COLUMN is_timed INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE outbox ADD COLUMN receipt TEXT",
+        """CREATE TABLE receipt (peer INTEGER NOT NULL, msg_id BLOB NOT NULL, state TEXT NOT NULL,
+        at_ms INTEGER NOT NULL, PRIMARY KEY (peer, msg_id)) WITHOUT ROWID""",
         "ALTER TABLE outbox ADD COLUMN may_repeat INTEGER NOT NULL DEFAULT 1",
         "CREATE TABLE lifetime (row INTEGER PRIMARY KEY, expires_ms INTEGER NOT NULL)",
         """CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 1), machine_boot TEXT NOT NULL,

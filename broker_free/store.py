@@ -89,6 +89,7 @@ _NOTES_MAX: Final = 100  # events waiting for the next house-keeping; what flood
 _OPEN: Final = ".open"  # exists beside the store while a node has it, and after one that did not close it
 _PRUNE_SLICE: Final = 500  # rows a tick: long work is done in small slices
 _IDS_A_QUERY: Final = 256
+_WANTS_RECEIPT: Final = b'"receipt":true'  # in metadata; inside a text its quotes would be escaped
 _LOOK_AGAIN_MS: Final = 1_000
 
 
@@ -227,6 +228,7 @@ class Store:
         self._next_due_ms: int | None = None
         self._has_seen = False
         self.backlog = 0
+        self.receipt_peers: set[str] = set()  # whom to tell of receipts once this transaction is on disk
         # Steady; when `expire` may have something to do, never too late.
         self.next_expiry_ms: int | None = None
         self._notes: list[tuple[int, str, str, str]] = []  # events to be written with the next house-keeping
@@ -642,6 +644,7 @@ class Store:
             )
         if is_dead:
             self._record([(utc_ms(), "dead-letter", "", f"inbox row {row}, {attempts} tries: {reason}")])
+            self.note_receipt(row, "dead", now_ms)
         if due_ms is not None:
             self.backlog += 1
             self._next_due_ms = min(due_ms, self._next_due_ms or due_ms)
@@ -738,7 +741,7 @@ class Store:
                     found.append((envelope, row[7]))
         return found
 
-    def job_done(self, consumer: int, row: int) -> bool:
+    def job_done(self, consumer: int, row: int, now_ms: int) -> bool:
         """Settle a job. Returns whether it was still there to be settled."""
         with self._translating():
             found = self._conn.execute("DELETE FROM job WHERE consumer = ? AND row = ?", (consumer, row))
@@ -747,6 +750,8 @@ class Store:
                 f"UPDATE inbox SET state = {DONE} WHERE row = ? AND NOT EXISTS (SELECT 1 FROM job WHERE row = ?)",
                 (row, row),
             )
+        if found.rowcount == 1:
+            self.note_receipt(row, "done", now_ms)
         return found.rowcount == 1
 
     def job_again(self, consumer: int, row: int, due_ms: int) -> None:
@@ -901,6 +906,52 @@ class Store:
                 (state, now_ms, reason, self._peer_id(peer), id_to_bytes(message_id)),
             )
         return cursor.rowcount == 1
+
+    # -- receipts -------------------------------------------------------------------------------------------
+
+    def note_receipt(self, row: int, state: str, now_ms: int) -> None:
+        with self._translating():
+            noted = self._conn.execute(
+                "INSERT OR REPLACE INTO receipt (peer, msg_id, state, at_ms) SELECT peer, msg_id, ?, ? FROM inbox"
+                " WHERE row = ? AND peer <> ? AND instr(meta, ?) > 0"
+                " AND NOT EXISTS (SELECT 1 FROM job WHERE job.row = inbox.row) RETURNING peer",
+                (state, now_ms, row, self._peer_ids.get(self._me, 0), _WANTS_RECEIPT),
+            ).fetchall()
+        self.receipt_peers.update(self._peer_names[peer] for (peer,) in noted)
+
+    def receipts(self, peer: str, limit: int) -> list[tuple[str, str]]:
+        with self._translating():
+            rows = self._conn.execute(
+                "SELECT msg_id, state FROM receipt WHERE peer = ? ORDER BY msg_id LIMIT ?",
+                (self._peer_id(peer), limit),
+            ).fetchall()
+        return [(id_from_bytes(raw_id), state) for raw_id, state in rows]
+
+    def drop_receipts(self, peer: str, ids: Sequence[str]) -> None:
+        with self._translating():
+            self._conn.executemany(
+                "DELETE FROM receipt WHERE peer = ? AND msg_id = ?",
+                [(self._peer_id(peer), id_to_bytes(one)) for one in ids],
+            )
+
+    def take_receipts(self, peer: str, receipts: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+        number = self._peer_id(peer)
+        new: list[str] = []
+        unknown: list[str] = []
+        with self._translating():
+            for message_id, state in receipts:
+                key = (number, id_to_bytes(message_id))
+                found = self._conn.execute(
+                    "SELECT receipt FROM outbox WHERE peer = ? AND msg_id = ?", key
+                ).fetchone()
+                if found is None:
+                    unknown.append(message_id)
+                elif found[0] is None:
+                    self._conn.execute(
+                        "UPDATE outbox SET receipt = ? WHERE peer = ? AND msg_id = ?", (state, *key)
+                    )
+                    new.append(message_id)
+        return new, unknown
 
     # -- withdrawing a message ------------------------------------------------------------------------------
 
@@ -1236,6 +1287,8 @@ class Store:
                 f" LIMIT {_PRUNE_SLICE}) RETURNING row, peer",
                 (now_ms - limits.ttl_ms_max,),
             ).fetchall()
+            # Whoever has not taken its receipts by then has dropped the messages they are about.
+            self._conn.execute("DELETE FROM receipt WHERE at_ms < ?", (now_ms - limits.ttl_ms_max,))
             self._conn.executemany("UPDATE peer SET pruned_row = max(pruned_row, ?) WHERE id = ?", late)
         faults.reach("pruned")
         self._has_seen = self._has_seen or bool(old)
@@ -1422,6 +1475,7 @@ def _envelope(row: int, sender: str, message: Message) -> Envelope:
         headers=message.headers,
         reply_to=message.reply_to,
         blobs=message.blobs,
+        wants_receipt=message.wants_receipt,
     )
 
 

@@ -146,6 +146,8 @@ class Image(NamedTuple):
     rows_of: dict[tuple[str, str], int]
     queued: dict[str, dict[int, Queued]]
     acked: dict[str, tuple[str, int]]
+    receipts_due: dict[tuple[str, str], str]
+    receipts_taken: dict[tuple[str, str], str]
     registry: dict[tuple[str, str], Entry]
     registry_notes: dict[str, int]
     interests: dict[str, tuple[str, ...]]
@@ -165,6 +167,7 @@ class SimJournal:
         self._me = me
         self._limits = limits
         self._load(_empty())
+        self.receipt_peers: set[str] = set()
         self._undo: list[tuple[dict[Any, Any], Any, Any]] | None = None  # Any: tables of every kind
         self._open: list[Attempt] = []
         self.fail: Literal["", "begin", "write", "commit"] = ""
@@ -183,6 +186,8 @@ class SimJournal:
         self._rows_of = image.rows_of
         self.queued = image.queued
         self.acked = image.acked
+        self.receipts_due = image.receipts_due
+        self.receipts_taken = image.receipts_taken
         self._registry = image.registry
         self._registry_notes = image.registry_notes
         self._interests = image.interests
@@ -253,6 +258,8 @@ class SimJournal:
             rows_of=dict(self._rows_of),
             queued=queued,
             acked=dict(self.acked),
+            receipts_due=dict(self.receipts_due),
+            receipts_taken=dict(self.receipts_taken),
             registry=dict(self._registry),
             registry_notes=dict(self._registry_notes),
             interests=dict(self._interests),
@@ -356,7 +363,9 @@ class SimJournal:
         self._set(
             self.inbox, row, self.inbox[row]._replace(attempts=attempts, state="dead" if is_dead else "new")
         )
-        if not is_dead:
+        if is_dead:
+            self.note_receipt(row, "dead", now_ms)
+        else:
             self._set(self._due, row, now_ms + min(1_000 << attempts, 300_000))
 
     def has_due(self, now_ms: int) -> bool:
@@ -461,6 +470,33 @@ class SimJournal:
             row = self._rows_of.get((peer, message_id))
             if row is not None:
                 self._settle_out(row, "delivered", now_ms)
+
+    # -- receipts -------------------------------------------------------------------------------------------
+
+    def note_receipt(self, row: int, state: str, now_ms: int) -> None:
+        kept = self.inbox[row]
+        if kept.sender != self._me and parse_metadata(kept.meta, kept.body, self._limits).wants_receipt:
+            self._set(self.receipts_due, (kept.sender, kept.id), state)
+            self.receipt_peers.add(kept.sender)
+
+    def receipts(self, peer: str, limit: int) -> list[tuple[str, str]]:
+        due = sorted((one, state) for (sender, one), state in self.receipts_due.items() if sender == peer)
+        return due[:limit]
+
+    def drop_receipts(self, peer: str, ids: Sequence[str]) -> None:
+        for one in ids:
+            self._delete(self.receipts_due, (peer, one))
+
+    def take_receipts(self, peer: str, receipts: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+        new: list[str] = []
+        unknown: list[str] = []
+        for message_id, state in receipts:
+            if (peer, message_id) not in self._rows_of:
+                unknown.append(message_id)
+            elif (peer, message_id) not in self.receipts_taken:
+                self._set(self.receipts_taken, (peer, message_id), state)
+                new.append(message_id)
+        return new, unknown
 
     def mark_dead(self, peer: str, message_id: str, reason: str, now_ms: int) -> bool:
         return self._settle_out(self._rows_of.get((peer, message_id), 0), "dead", now_ms)
@@ -622,7 +658,7 @@ class SimJournal:
 
 
 def _empty() -> Image:
-    return Image({}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {})
+    return Image({}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {})
 
 
 def _nothing() -> None:
@@ -638,6 +674,7 @@ def _envelope(row: int, sender: str, message: Message) -> Envelope:
         body=message.body,
         headers=message.headers,
         reply_to=message.reply_to,
+        wants_receipt=message.wants_receipt,
     )
 
 
@@ -1307,6 +1344,11 @@ class Oracle:
                 raise Violation("I10", f"{where} has no row at its sender")
             if row.state == "delivered" and not is_held:
                 raise Violation("I1", f"{where} is lost: delivered, says its sender")
+            wants_receipt = b'"receipt":true' in attempt.meta and not self._nodes[attempt.peer].has_gone_back
+            if wants_receipt and row.state == "delivered" and not node.has_gone_back:
+                there = receiver.inbox[receiver.known[node.name, attempt.id]]
+                if there.state == "done" and (attempt.peer, attempt.id) not in journal.receipts_taken:
+                    raise Violation("I1", f"{where} is done with, and its sender was not told")
             if row.state == "cancelled" and is_held and attempt.id not in self.conflicts:
                 raise Violation("I1", f"{where} is cancelled, says its sender, and was delivered")
             if row.state == "dead" and attempt.id not in self.conflicts:
@@ -1457,9 +1499,12 @@ class Cluster:
         to: Sequence[str] | None,
         ttl_ms: int | None = None,
         message_id: str | None = None,
+        wants_receipt: bool = False,
     ) -> str:
         """Ask a node that is up to publish at its next tick, and return the message's id."""
-        message = Message(id=message_id or self.new_id(), subject=subject, body=body)
+        message = Message(
+            id=message_id or self.new_id(), subject=subject, body=body, wants_receipt=wants_receipt
+        )
         self._submit(self.nodes[node], Publish(message, to, ttl_ms))
         return message.id
 
@@ -1552,8 +1597,10 @@ class Cluster:
         """Nothing is queued or waiting, every pair has one session that both ends know, registries are alike."""
         for node in self.nodes.values():
             journal = node.journal
-            if any(journal.queued.values()) or any(
-                row.state == "revoking" for row in journal.outbox.values()
+            if (
+                journal.receipts_due
+                or any(journal.queued.values())
+                or any(row.state == "revoking" for row in journal.outbox.values())
             ):
                 return False
             if not node.is_up or not node.is_idle:
@@ -1734,7 +1781,7 @@ class Cluster:
             for _ in range(2 + self._below(9)):
                 self.publish(node.name, "mail.x", b"one of many", to=to)
         elif point < 0.50:
-            self.publish(node.name, "news.x", b"to whoever listens", to=None)
+            self.publish(node.name, "news.x", b"to whoever listens", to=None, wants_receipt=True)
         elif point < 0.58:
             self.publish(node.name, "relay.x", self._some(node)[0].encode(), to=self._some(node))
         elif point < 0.60:

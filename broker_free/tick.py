@@ -47,9 +47,14 @@ from broker_free.frames import (
     ALARM,
     CHUNK,
     CHUNK_GET,
+    EPHEMERAL,
+    EPHEMERALS,
     FLAG_ANSWER,
+    FLAG_EPHEMERAL,
     INTEREST,
     PROBE,
+    RECEIPT,
+    RECEIPTS,
     REGISTRY,
     REVOCATION,
     REVOKE,
@@ -57,7 +62,7 @@ from broker_free.frames import (
 )
 from broker_free.limits import Limits
 from broker_free.link import Held, Ledger, Link, Queued
-from broker_free.message import Envelope, Message, check_message, id_to_bytes, new_id
+from broker_free.message import Envelope, Message, check_message, id_to_bytes, new_id, parse_metadata
 from broker_free.outside import load_json
 from broker_free.registry import Entry, Key, Registry
 from broker_free.registry import decode as decode_entries
@@ -71,7 +76,7 @@ _SUBJECTS_REMEMBERED = 10_000
 _WAKE_MS_MAX = 60_000
 _ALARMS_REMEMBERED = 10_000
 CANCELLED = "cancelled"  # the reason of a message that its sender withdrew
-_REVOKE_IDS_MAX = 128  # in one frame, so that both the question and its answer fit
+_IDS_A_FRAME_MAX = 128  # in one frame, so that both the question and its answer fit
 EXPIRED = "expired"  # the reason of a message whose lifetime ran out while it waited
 _LAGGING = "consumers lag behind"
 
@@ -174,6 +179,27 @@ class Journal(Ledger, Protocol):
 
     def note_acked(self, peer: str, message_id: str, row: int) -> None:
         """Remember what `peer` acked under its highest row so far; a lower row changes nothing."""
+        ...
+
+    @property
+    def receipt_peers(self) -> set[str]:
+        """Whom to tell of receipts that this transaction noted; emptied by whoever told them."""
+        ...
+
+    def note_receipt(self, row: int, state: str, now_ms: int) -> None:
+        """Keep a receipt for the sender of this inbox row, if it wants one and no consumer has yet to do with it."""
+        ...
+
+    def receipts(self, peer: str, limit: int) -> list[tuple[str, str]]:
+        """Return (message id, state) of the receipts that `peer` has not confirmed."""
+        ...
+
+    def drop_receipts(self, peer: str, ids: Sequence[str]) -> None:
+        """`peer` has them."""
+        ...
+
+    def take_receipts(self, peer: str, receipts: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+        """Record receipts of `peer`; return the ids that are news, and those that nobody here knows."""
         ...
 
     @property
@@ -365,6 +391,8 @@ class Outcome:
     regressed: list[str] = field(default_factory=list)
     blocked: list[str] = field(default_factory=list)  # peers that began or ceased to take messages
     alarms: list[Alarm] = field(default_factory=list)
+    receipts: list[tuple[str, str, str]] = field(default_factory=list)  # (message id, peer, done or dead)
+    ephemerals: list[Envelope] = field(default_factory=list)  # never stored; row 0
     probes: list[tuple[str, bytes]] = field(default_factory=list)  # (peer, message of `presence`)
     chunks: list[tuple[str, Frame]] = field(default_factory=list)  # (peer, CHUNK_GET or CHUNK)
     error: StoreFailed | None = None  # why the transaction failed; the first five lists are empty then
@@ -408,6 +436,8 @@ class _Inputs:
     asked: list[_Asked] = field(default_factory=list)  # do we hold these messages that a peer wants back?
     answered: list[tuple[str, list[str], list[str]]] = field(default_factory=list)  # (peer, held, free)
     unrevoked: list[str] = field(default_factory=list)  # peers that cannot be asked
+    receipts: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)  # (peer, (id, state))
+    confirmed: list[tuple[str, list[str]]] = field(default_factory=list)  # (peer, ids of receipts it has)
     registry: Findings = field(default_factory=Findings)
     interests: dict[str, tuple[str, ...]] = field(default_factory=dict)
     has_opened: bool = False  # acks seen earlier are written before a new session's pump reads
@@ -422,6 +452,8 @@ class _Inputs:
             or self.asked
             or self.answered
             or self.unrevoked
+            or self.receipts
+            or self.confirmed
             or self.registry
             or self.interests
             or self.has_opened
@@ -466,11 +498,15 @@ class Tick:
             CHUNK_GET: self._on_chunk,
             CHUNK: self._on_chunk,
             REVOKE: self._on_revoke,
+            RECEIPT: self._on_receipt,
+            EPHEMERAL: self._on_ephemeral,
         }
         self._row_at_start: dict[
             str, int
         ] = {}  # of each peer: rows up to it may have left in an earlier life
         self._to_revoke: set[str] = set()  # peers to be asked once this tick is committed
+        self.listening: tuple[str, ...] = ()  # subjects of messages that are never stored
+        self.listeners: dict[str, tuple[str, ...]] = {}  # of each connected peer
         self._boot = boot
         self._sync = Sync(me=me, registry=registry, limits=limits, random=random, synced_ms=synced_ms)
         self._utc_ms = 0
@@ -829,6 +865,7 @@ class Tick:
         self._marks_due_ms = None
         self._acknowledge(inputs)
         self._answer_asked(inputs)
+        self._exchange_receipts(inputs)
         to_revoke, self._to_revoke = self._to_revoke, set()
         for peer in sorted(to_revoke):
             self._ask_back(peer)
@@ -869,6 +906,12 @@ class Tick:
             outcome.dead += [(message_id, peer, CANCELLED) for message_id in cancelled]
         for peer in inputs.unrevoked:
             journal.unrevoke(peer)
+        for peer, ids in inputs.confirmed:
+            journal.drop_receipts(peer, ids)
+        for peer, receipts in inputs.receipts:
+            new, unknown = journal.take_receipts(peer, receipts)
+            self.refused["receipt-unknown"] += len(unknown)  # normal after a store went back, or a day
+            outcome.receipts += [(one, peer, state) for one, state in receipts if one in new]
         for asked in inputs.asked:  # after the arrivals: what came before the question counts as held
             asked.held = journal.held(asked.peer, asked.ids, asked.digests)
         for peer in inputs.regressed:
@@ -968,10 +1011,7 @@ class Tick:
         if len(recipients) > self._limits.recipients_max:
             raise TooLarge(f"{len(recipients)} recipients; the limit is {self._limits.recipients_max}")
         for peer in recipients:
-            if peer != self.me and peer not in self.links:
-                raise UnknownPeer(
-                    f"no member {peer!r} in this mesh", hint="pair with it by an invitation first"
-                )
+            self._check_member(peer)
         remote = [peer for peer in dict.fromkeys(recipients) if peer != self.me]
         rows = self._journal.enqueue(
             message, meta, remote, ttl_ms=ttl_ms, now_ms=self._steady_ms, may_repeat=may_repeat
@@ -1016,6 +1056,8 @@ class Tick:
                 tx.end()
                 self._write_entries(tx)
                 self._journal.settle(envelope.row)
+                if envelope.wants_receipt:
+                    self._journal.note_receipt(envelope.row, "done", self._steady_ms)
                 done.append(tx)
                 faults.reach("effect-applied")
         return done
@@ -1163,6 +1205,7 @@ class Tick:
                     self._on_opened(peer, action)
                 case links.Lost(reason):
                     self._forget_marks(peer)
+                    self.listeners.pop(peer, None)
                     self._sync.lost(peer)
                     self._outcome.lost.append((peer, reason))
                 case links.Blocked():
@@ -1179,7 +1222,10 @@ class Tick:
         self._inputs.has_opened = True
         self._outcome.opened.append((peer, opened))
         self._tell_interest(peer)
+        if self.listening:
+            self._tell_listening(peer)
         self._ask_back(peer)
+        self._tell_receipts(peer)
         self._sync.opened(peer, opened.about, now_ms=self._now_ms, utc_ms=self._utc_ms)
 
     def _tell_interest(self, peer: str) -> None:
@@ -1209,6 +1255,9 @@ class Tick:
 
     def _on_interest(self, peer: str, frame: Frame) -> None:
         patterns = _patterns_of(frame.body, self._limits)
+        if frame.flags & FLAG_EPHEMERAL:
+            self.listeners[peer] = patterns  # for as long as this session lasts
+            return
         if patterns != self.interests.get(peer):
             self._inputs.interests[peer] = patterns
 
@@ -1217,6 +1266,91 @@ class Tick:
 
     def _on_chunk(self, peer: str, frame: Frame) -> None:
         self._outcome.chunks.append((peer, frame))  # after the mail of this tick
+
+    # -- messages that are never stored ---------------------------------------------------------------------
+
+    def listen(self, patterns: Sequence[str]) -> None:
+        """Say which subjects this node wants to hear of while it is connected."""
+        for pattern in patterns:
+            check_pattern(pattern)
+        self.listening = tuple(sorted(set(patterns)))
+        for peer in self.links:
+            self._tell_listening(peer)
+
+    def _tell_listening(self, peer: str) -> None:
+        link = self.links[peer]
+        if link.has(EPHEMERALS):
+            self._do(peer, link.tell(INTEREST, json.dumps(self.listening).encode(), flags=FLAG_EPHEMERAL))
+
+    def send(self, message: Message, to: Sequence[str] | None) -> list[str]:
+        """Hand a message to peers that are connected now, stored nowhere, at most once; return to whom."""
+        meta = check_message(message, self._limits)
+        if to is None:
+            everybody = {self.me: self.listening, **self.listeners}
+            to = [
+                peer
+                for peer, patterns in everybody.items()
+                if any(matches(one, message.subject) for one in patterns)
+            ]
+        for peer in to:
+            self._check_member(peer)
+        reached: list[str] = []
+        for peer in dict.fromkeys(to):
+            if peer == self.me:
+                self._outcome.ephemerals.append(_ephemeral(self.me, message))
+                reached.append(peer)
+                continue
+            for action in self.links[peer].ephemeral(meta, message.body):
+                # Not through `_do`: a full pipe drops this message, not the session.
+                if isinstance(action, links.Send) and self._wire.send(action.conn, action.frame):
+                    reached.append(peer)
+        return reached
+
+    def _check_member(self, peer: str) -> None:
+        if peer != self.me and peer not in self.links:
+            raise UnknownPeer(f"no member {peer!r} in this mesh", hint="pair with it by an invitation first")
+
+    def _on_ephemeral(self, peer: str, frame: Frame) -> None:
+        try:
+            message = parse_metadata(frame.raw_meta, frame.body, self._limits)
+        except InvalidInput:
+            self.refused["ephemeral-malformed"] += 1
+            return
+        self._outcome.ephemerals.append(_ephemeral(peer, message))
+
+    # -- receipts: that a message was not only delivered but done with ----------------------------------------
+
+    def _tell_receipts(self, peer: str) -> None:
+        link = self.links.get(peer)
+        if link is None or not link.has(RECEIPTS):
+            return  # they stay on disk until there is such a session
+        receipts = self._journal.receipts(peer, _IDS_A_FRAME_MAX)
+        if receipts:
+            meta = {"ids": [one for one, _ in receipts], "states": [state for _, state in receipts]}
+            self._do(peer, link.tell(RECEIPT, b"", meta))
+
+    def _on_receipt(self, peer: str, frame: Frame) -> None:
+        ids = _short_ids(frame)
+        if frame.flags & FLAG_ANSWER:
+            self._inputs.confirmed.append((peer, ids))
+            return
+        states = frame.meta.get("states")
+        if not isinstance(states, list) or len(states) != len(ids) or not set(states) <= {"done", "dead"}:
+            raise InvalidInput("a RECEIPT without a state for each id")
+        self._inputs.receipts.append((peer, list(zip(ids, states, strict=True))))
+
+    def _exchange_receipts(self, inputs: _Inputs) -> None:
+        """Confirm the receipts that are on disk here, and tell those that this node has noted for others."""
+        for peer, receipts in inputs.receipts:
+            link = self.links.get(peer)
+            if link is not None:
+                meta = {"ids": [one for one, _ in receipts]}
+                self._do(peer, link.tell(RECEIPT, b"", meta, flags=FLAG_ANSWER))
+        told = self._journal.receipt_peers | {peer for peer, _ in inputs.confirmed}  # there may be more
+        if told:
+            self._journal.receipt_peers.clear()
+            for peer in sorted(told):
+                self._tell_receipts(peer)
 
     # -- withdrawing a message ------------------------------------------------------------------------------
 
@@ -1259,7 +1393,7 @@ class Tick:
         link = self.links.get(peer)
         if link is None or not link.is_open:
             return
-        wanted = self._journal.revoking(peer, _REVOKE_IDS_MAX)
+        wanted = self._journal.revoking(peer, _IDS_A_FRAME_MAX)
         if not wanted:
             return
         if not link.has(REVOCATION):
@@ -1270,11 +1404,7 @@ class Tick:
         self._do(peer, link.tell(REVOKE, b"".join(digest for _, digest in wanted), meta))
 
     def _on_revoke(self, peer: str, frame: Frame) -> None:
-        ids = frame.meta.get("ids")
-        if not isinstance(ids, list) or len(ids) > _REVOKE_IDS_MAX:
-            raise InvalidInput("a REVOKE without a short list of ids")
-        for one in ids:
-            id_to_bytes(one)
+        ids = _short_ids(frame)
         if frame.flags & FLAG_ANSWER:
             held = {index for index, _ in links.pairs(frame.meta.get("have")) or ()}
             self._inputs.answered.append(
@@ -1354,6 +1484,28 @@ def _call(fn: Callable[..., T], tx: Tx, *args: Any) -> T:  # Any: handed through
         tx.end()
         raise
     return result
+
+
+def _short_ids(frame: Frame) -> list[str]:
+    """Read the ids that a REVOKE or RECEIPT names."""
+    ids = frame.meta.get("ids")
+    if not isinstance(ids, list) or len(ids) > _IDS_A_FRAME_MAX:
+        raise InvalidInput("a frame without a short list of ids")
+    for one in ids:
+        id_to_bytes(one)
+    return ids
+
+
+def _ephemeral(sender: str, message: Message) -> Envelope:
+    return Envelope(
+        row=0,
+        sender=sender,
+        id=message.id,
+        subject=message.subject,
+        body=message.body,
+        headers=message.headers,
+        reply_to=message.reply_to,
+    )
 
 
 def _patterns_of(body: bytes, limits: Limits) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import pytest
 
 from broker_free import Alarm, Limits, Node
 from broker_free import owner as owners
-from broker_free.errors import Conflict, InvalidInput, TimedOut, UnknownMessage
+from broker_free.errors import Conflict, InvalidInput, TimedOut, UnknownMessage, UnknownPeer
 from broker_free.message import new_id
 from tests.test_node import collecting, pair, run, until
 from tests.version1 import Tick1
@@ -339,5 +339,60 @@ def test_a_message_is_withdrawn_from_whoever_does_not_hold_it_and_never_half(tmp
             await until(lambda: at_c)
             assert [envelope.body for envelope in at_c] == [b"last"]
             assert (await again.cancel(last.id)).held == (offline,)
+
+    run(main())
+
+
+def test_what_is_sent_without_being_stored_reaches_who_is_connected_and_listens(tmp_path: Path) -> None:
+    async def main() -> None:
+        a, b = Node("a", home=tmp_path / "a"), Node("b", home=tmp_path / "b")
+        heard: list[bytes] = []
+        stop = b.on("news.*", lambda envelope: heard.append(envelope.body))
+        async with a:
+            async with b:
+                await pair(a, b)
+                peer = b.node_id
+                while not await a.send("news.first", b"1"):
+                    pass
+                await until(lambda: heard)
+                assert await a.send("other.subject", b"2") == ()
+                assert await a.send("news.large", b"x" * 500_000, to=[peer]) == (peer,)
+                await until(lambda: len(heard[-1]) == 500_000)
+                stop()
+                while await a.send("news.last", b"3"):
+                    pass
+                rows = await b.read(lambda db: db.execute_sql("SELECT count(*) FROM inbox").fetchall())
+                assert rows == [(0,)]
+            await until(lambda: a.peers()[0].link == "closed")
+            assert await a.send("news.x", b"4", to=[peer]) == ()
+            with pytest.raises(UnknownPeer):
+                await a.send("news.x", b"5", to=["somebody"])
+
+    run(main())
+
+
+def test_a_receipt_tells_that_a_consumer_is_done_also_after_both_were_started_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        a, b = Node("a", home=tmp_path / "a"), Node("b", home=tmp_path / "b")
+        async with b:
+            async with a, b.subscribe("work.*", durable="w") as jobs:
+                await pair(a, b)
+                first = await a.publish("work.do", b"1", to=[b.node_id], receipt=True)
+                second = await a.publish("work.do", b"2", to=[b.node_id], receipt=True)
+                job = await anext(jobs)
+                with pytest.raises(TimedOut):
+                    await first.done(0.05)
+                await job.ack()
+                await first.done(10)
+                listen = a.endpoints[0]
+                await second.delivered(10)
+            async with b.subscribe("work.*", durable="w") as jobs:
+                await (await anext(jobs)).ack()  # its sender is away
+        told: list[tuple[str, str, str]] = []
+        a, b = Node("a", home=tmp_path / "a", listen=listen), Node("b", home=tmp_path / "b")
+        a.on_receipt(told.extend)
+        async with a, b:
+            await until(lambda: told, 20)
+            assert told == [(second.id, b.node_id, "done")]
 
     run(main())

@@ -183,6 +183,22 @@ class TwinJournal(SimJournal):
         is_over = super().mark_expired(peer, message_id, now_ms)
         return bool(the_same(is_over, self.real.mark_expired(peer, message_id, now_ms)))
 
+    def note_receipt(self, row: int, state: str, now_ms: int) -> None:
+        super().note_receipt(row, state, now_ms)
+        self.real.note_receipt(row, state, now_ms)
+        the_same(self.receipt_peers >= self.real.receipt_peers, True)
+        self.real.receipt_peers.clear()
+
+    def receipts(self, peer: str, limit: int) -> list[tuple[str, str]]:
+        return the_same(super().receipts(peer, limit), self.real.receipts(peer, limit))  # type: ignore[no-any-return]  # as above
+
+    def drop_receipts(self, peer: str, ids: Sequence[str]) -> None:
+        super().drop_receipts(peer, ids)
+        self.real.drop_receipts(peer, ids)
+
+    def take_receipts(self, peer: str, receipts: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+        return the_same(super().take_receipts(peer, receipts), self.real.take_receipts(peer, receipts))  # type: ignore[no-any-return]  # as above
+
     @property
     def newest_outbox_row(self) -> int:
         return int(the_same(super().newest_outbox_row, self.real.newest_outbox_row))

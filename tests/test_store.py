@@ -256,7 +256,7 @@ def test_a_new_consumer_is_given_what_nobody_has_claimed_and_its_acks_last(store
     jobs = store.jobs(number, now_ms=NOW, limit=10, leave_out=set())
     assert [envelope.id for envelope, _ in jobs] == [first.id, second.id]
     store.begin()
-    store.job_done(number, jobs[0][0].row)
+    store.job_done(number, jobs[0][0].row, NOW)
     store.job_again(number, jobs[1][0].row, NOW + 500)
     store.commit()
     again = reopened(store, path)

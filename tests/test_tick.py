@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
@@ -584,3 +585,98 @@ def test_a_peer_of_version_1_cannot_be_asked_and_gets_the_message() -> None:
     assert questions(one) == []
     assert one.wire.log[-1] == "DATA"
     assert cancel(one, work.message.id) == {PEER: "queued"}
+
+
+# -- messages that are never stored, and receipts ------------------------------------------------------------------
+
+
+def listening(one: Node, *patterns: str) -> None:
+    body = json.dumps(patterns).encode()
+    one.receive(Frame(kind=frames.INTEREST, flags=frames.FLAG_EPHEMERAL, body=body))
+
+
+def test_a_message_that_is_never_stored_goes_to_connected_listeners_without_a_commit() -> None:
+    one = node()
+    listening(one, "a.*")
+    message = Message(id=new_id(UTC), subject="a.b", body=b"x")
+    assert one.tick.send(message, None) == [PEER]
+    assert one.tick.send(replace(message, subject="c.d"), None) == []
+    assert one.wire.log == ["EPHEMERAL"]
+    one.run()
+    assert one.journal.outbox == {}
+    one.receive(Frame(kind=frames.BYE))
+    assert one.tick.send(message, None) == [], "who listens is forgotten with the session"
+    assert one.tick.send(message, [PEER]) == []
+
+
+def test_a_full_pipe_loses_such_a_message_and_not_the_session() -> None:
+    one = node()
+    one.wire.send = lambda conn, frame: False  # type: ignore[method-assign]  # a full pipe
+    assert one.tick.send(Message(id=new_id(UTC), subject="a.b", body=b""), [PEER]) == []
+    assert one.run().lost == []
+
+
+def test_such_a_message_is_told_and_neither_stored_nor_acked() -> None:
+    one = node()
+    meta = f'{{"id":"{new_id(UTC)}","subject":"a.b"}}'.encode()
+    one.receive(Frame(kind=frames.EPHEMERAL, raw_meta=meta, body=b"x"))
+    one.receive(Frame(kind=frames.EPHEMERAL, raw_meta=b"{}", body=b"x"))
+    outcome = one.run()
+    assert [(e.sender, e.subject, e.row) for e in outcome.ephemerals] == [(PEER, "a.b", 0)]
+    assert (one.wire.log, one.journal.inbox) == ([], {})
+    assert one.tick.refused["ephemeral-malformed"] == 1
+
+
+def deliver_wanting_receipt(one: Node, seq: int) -> str:
+    message_id = new_id(UTC)
+    meta = f'{{"id":"{message_id}","subject":"a.b","receipt":true}}'.encode()
+    one.receive(Frame(kind=frames.DATA, seq=seq, raw_meta=meta))
+    return message_id
+
+
+def test_a_receipt_leaves_after_the_commit_in_which_the_message_was_done_with() -> None:
+    one = node()
+    one.tick.add_effect("a.*", lambda tx, envelope: None)
+    wanting = deliver_wanting_receipt(one, 1)
+    one.deliver(2, "a.b")
+    one.run()
+    assert one.wire.log == ["commit", "ACK", "RECEIPT"]
+    receipt = one.wire.frames[-1]
+    assert receipt.meta == {"ids": [wanting], "states": ["done"]}
+    one.receive(Frame(kind=frames.BYE))
+    one.open_again()
+    told = [frame.meta for frame in one.wire.frames if frame.kind == frames.RECEIPT]
+    assert told == [receipt.meta], "again, because it was not confirmed"
+    one.receive(Frame(kind=frames.RECEIPT, flags=frames.FLAG_ANSWER, meta={"ids": [wanting]}))
+    one.run()
+    assert one.journal.receipts_due == {}
+
+
+def test_a_message_given_up_on_earns_a_receipt_that_says_so() -> None:
+    one = node()
+
+    def poison(tx: Tx, envelope: Envelope) -> None:
+        raise ValueError("never")
+
+    one.tick.add_effect("a.*", poison)
+    wanting = deliver_wanting_receipt(one, 1)
+    for tries in range(12):
+        one.run(steady_ms=UTC + tries * 1_000_000)
+    receipt = next(frame for frame in one.wire.frames if frame.kind == frames.RECEIPT)
+    assert receipt.meta == {"ids": [wanting], "states": ["dead"]}
+
+
+def test_a_receipt_is_told_once_and_one_for_an_unknown_message_is_counted() -> None:
+    one = node()
+    work = plain(PEER)
+    one.run(work)
+    unknown = new_id(UTC)
+    told = Frame(kind=frames.RECEIPT, meta={"ids": [work.message.id, unknown], "states": ["done", "done"]})
+    one.wire.log.clear()
+    one.receive(told)
+    assert one.run().receipts == [(work.message.id, PEER, "done")]
+    assert one.wire.log == ["commit", "RECEIPT"]
+    assert one.wire.frames[-1].flags == frames.FLAG_ANSWER
+    assert one.tick.refused["receipt-unknown"] == 1
+    one.receive(told)
+    assert one.run().receipts == []
