@@ -27,6 +27,8 @@ POINTS: Final = {
     "key-draft-written": "the node's new keys are in a synced draft that has no name yet",
     "key-file-named": "the key file has its name; the folder is not synced",
     "in-migration": "the schema of a new or older store is written, not committed",
+    "checkpointed": "after an unclean start the log is moved into the file, nothing else was written",
+    "copy-drafted": "a backup, or the copy before an upgrade, is in a synced draft that has no name yet",
     "before-begin": "frames were taken in, nothing was written",
     "after-begin": "an empty transaction is open",
     "effect-applied": "an effect has written, its transaction is open",

@@ -292,6 +292,7 @@ class Store:
             return
         # After a sync that failed, parts of the log may be in memory alone: move all of it into the file, anew.
         self._conn.execute("PRAGMA wal_checkpoint(truncate)")
+        faults.reach("checkpointed")
         self.note("unclean-start", f"quick check: {said or f'not finished in {limits.check_ms_max} ms'}")
         log.warning("the store was not closed in order", extra={"check": said or "unfinished"})
         if not had_log:

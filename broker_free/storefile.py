@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
+from broker_free import faults
 from broker_free.errors import DiskLow, InvalidInput, StoreBroken, StoreFailed
 from broker_free.schema import version_of
 
@@ -133,6 +134,7 @@ def copy_to(conn: sqlite3.Connection, path: Path, *, replace: bool) -> None:
             if conn.in_transaction:
                 conn.execute("ROLLBACK")
         os.fsync(fd)
+        faults.reach("copy-drafted")
         if replace:
             os.replace(draft, path)
         else:

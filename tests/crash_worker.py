@@ -23,7 +23,7 @@ from typing import Any
 import peewee as pw
 
 from broker_free import Limits, Node, Tx
-from broker_free.errors import BrokerFreeError
+from broker_free.errors import BrokerFreeError, InvalidInput
 from broker_free.faults import arm_from
 from broker_free.message import Envelope
 from broker_free.owner import Owner
@@ -118,6 +118,8 @@ class Mate:
                 running = [tasks.create_task(self._consume(jobs))]
                 if code := self.options.get("code"):
                     running.append(tasks.create_task(self._join(code)))
+                if self.options.get("rotate"):
+                    running.append(tasks.create_task(self._rotate()))
                 if plan := self.options.get("publish"):
                     running.append(tasks.create_task(self._publish(*plan)))
                 await stopped.wait()
@@ -130,6 +132,15 @@ class Mate:
             self.say(joined=(await self.node.join(code)).node_id)
         except BrokerFreeError as error:
             self.say(refused=error.message)
+
+    async def _rotate(self) -> None:
+        """Change the key as soon as that is allowed: the last change must have reached the peer."""
+        while True:
+            with contextlib.suppress(InvalidInput):
+                await self.node.rotate_key()
+                self.say(rotated=True)
+                return
+            await asyncio.sleep(0.02)
 
     async def _publish(self, peer: str, first: int, end: int) -> None:
         while not any(view.link == "open" for view in self.node.peers()):
