@@ -44,6 +44,7 @@ from broker_free.owner import Owner, PeerView, in_owner_thread
 from broker_free.schema import Migrations
 from broker_free.security import Invitation
 from broker_free.store import Event, Reader, read_events
+from broker_free.storefile import STORE, backup
 from broker_free.subject import check_pattern, matches
 from broker_free.subscription import Subscription
 from broker_free.tick import Alarm, Effect, Outcome, Publish, Transact, Tx, Work
@@ -524,6 +525,15 @@ class Node:
 
     def peers(self) -> list[PeerView]:
         return sorted(self._views.values(), key=lambda view: (view.name, view.node_id))
+
+    async def backup(self, path: Path | str) -> int:
+        """Write a checked copy of the store to a new file while everything goes on; return its bytes.
+
+        It holds neither the keys of this node nor its settings. Raises InvalidInput when the file exists, DiskLow,
+        StoreFailed.
+        """
+        self._running()
+        return await asyncio.to_thread(backup, self.home / STORE, Path(path))
 
     @property
     def health(self) -> Health:

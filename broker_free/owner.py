@@ -50,6 +50,7 @@ from broker_free.registry import Registry
 from broker_free.schema import Migrations
 from broker_free.security import load_or_create_keys, replace_keys
 from broker_free.store import DAMAGED, Store
+from broker_free.storefile import STORE
 from broker_free.tick import CANCELLED, EXPIRED, Effect, Outcome, Tick, Transact, Tx, Work
 from broker_free.transport import Beat, Closed, Connected, Received, Transport, new_keypair
 from broker_free.watch import Watch
@@ -387,10 +388,11 @@ class Owner:
         node = self._node
         make_private(node.home)
         self._lock_fd = lock(node.home / "node.lock")
+        had_keys, had_store = (node.home / KEY_FILE).exists(), (node.home / STORE).exists()
         keys = load_or_create_keys(node.home / KEY_FILE, new_keypair)
         node.node_id = keys.node_id
         self._store = Store(
-            node.home / "store.db",
+            node.home / STORE,
             me=node.node_id,
             limits=self._limits,
             models=models,
@@ -443,7 +445,12 @@ class Owner:
         for pattern, fn in effects:
             self._tick.add_effect(pattern, fn)
         self._store.has_effect = self._tick.effects_of
-        self._disk = Disk(node.home / "store.db", self._limits)
+        if had_keys and not had_store:
+            log.warning("the store is gone: this node starts with an empty one")
+            self._store.note(
+                "store-missing", "there were keys but no store: members and mail are gone from here"
+            )
+        self._disk = Disk(node.home / STORE, self._limits)
         self._tick.admit = self._disk.admit
         self._disk.look(mono_ms())
         self._room_may_have_changed()

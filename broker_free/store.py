@@ -70,6 +70,7 @@ from broker_free.schema import (
 )
 from broker_free.storefile import (
     BEFORE_UPGRADE,
+    OPEN_MARK,
     check,
     copy_to,
     failure_of,
@@ -86,7 +87,6 @@ NEW, CLAIMED, DONE, INBOX_DEAD, INBOX_QUARANTINED = range(5)
 
 DAMAGED: Final = "damaged on this node's disk"  # the reason of what is quarantined
 _NOTES_MAX: Final = 100  # events waiting for the next house-keeping; what floods is counted, not kept
-_OPEN: Final = ".open"  # exists beside the store while a node has it, and after one that did not close it
 _PRUNE_SLICE: Final = 500  # rows a tick: long work is done in small slices
 _IDS_A_QUERY: Final = 256
 _WANTS_RECEIPT: Final = b'"receipt":true'  # in metadata; inside a text its quotes would be escaped
@@ -243,7 +243,7 @@ class Store:
 
     def open(self) -> None:
         """Open or create the file, check it, and bind this thread's models to it."""
-        mark = self._path.with_name(self._path.name + _OPEN)
+        mark = self._path.with_name(self._path.name + OPEN_MARK)
         was_open = mark.exists()
         had_log = wal_of(self._path).exists()
         try:
@@ -324,7 +324,7 @@ class Store:
         """Close in order: SQLite moves its log into the file, and the next start finds everything in one place."""
         CURRENT.obj = None
         self._db.close()
-        self._path.with_name(self._path.name + _OPEN).unlink(missing_ok=True)
+        self._path.with_name(self._path.name + OPEN_MARK).unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """Let go of a file that failed without touching it again: no sync is tried twice, no log is moved.

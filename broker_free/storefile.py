@@ -21,10 +21,15 @@ from urllib.parse import quote
 
 from broker_free import faults
 from broker_free.errors import DiskLow, InvalidInput, StoreBroken, StoreFailed
+from broker_free.home import lock, unlock
 from broker_free.schema import version_of
 
 BEFORE_UPGRADE: Final = ".before-upgrade"  # the one older file that is kept beside the store
 
+STORE: Final = "store.db"
+OPEN_MARK: Final = ".open"  # exists beside the store while a node has it, and after one that did not close it
+
+_BACKUP_CHECK_MS: Final = 60_000
 _COPY_PAGES: Final = 256  # a step of a copy: the interpreter's lock is free meanwhile
 _CHECK_STEPS: Final = 10_000  # of SQLite's machine between two looks at the clock
 _PROBE_BYTES: Final = 128 * 1024
@@ -152,6 +157,83 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def backup(store: Path, target: Path) -> int:
+    """Copy a store that may be in use to `target`, and check the copy; return its bytes. Never overwrites.
+
+    The copy holds messages, members, the registry and the application's tables, and neither the node's keys nor its
+    settings: it is of use only with them, and it makes nobody this node who does not have them.
+    """
+    if target.exists():
+        raise InvalidInput(f"{target} exists; a backup overwrites nothing", hint="choose another name")
+    if not target.parent.is_dir():
+        raise InvalidInput(f"there is no folder {target.parent}", hint="make it first")
+    try:
+        with contextlib.closing(_reading(store)) as conn:
+            copy_to(conn, target, replace=False)
+        with contextlib.closing(_reading(target)) as conn:
+            said = check(conn, ms_max=_BACKUP_CHECK_MS)
+    except FileExistsError:
+        raise InvalidInput(
+            f"{target} exists; a backup overwrites nothing", hint="choose another name"
+        ) from None
+    except (OSError, sqlite3.Error) as error:
+        failure = failure_of(error, target)
+        raise type(failure)(f"no backup was made: {failure.message}", hint=failure.hint) from error
+    if said not in ("ok", None):
+        target.unlink()
+        raise StoreBroken(
+            f"the store is damaged, so no backup was made: {said}", hint="restore an older backup"
+        )
+    return target.stat().st_size
+
+
+def _reading(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None, timeout=5)
+
+
+def restore(home: Path, copy: Path, *, now_ms: int) -> Path | None:
+    """Put a backup in the place of the store of `home`; return where the replaced one is kept, if there was one.
+
+    Refuses while a node has the home (NodeInUse), and a copy that is damaged, newer than this version or no store.
+    Peers notice that this store went back in time and send again what they delivered of late.
+    """
+    store = home / STORE
+    held = lock(home / "node.lock")
+    try:
+        with looking_into(copy) as conn:
+            if not conn.execute("SELECT 1 FROM sqlite_schema WHERE name = 'outbox'").fetchone():
+                raise InvalidInput(f"{copy} is a database, but not a store of a node")
+            said = check(conn, ms_max=_BACKUP_CHECK_MS)
+            if said not in ("ok", None):
+                raise StoreBroken(f"{copy} is damaged: {said}", hint="restore another backup")
+            draft = store.with_name(f".{STORE}.{secrets.token_hex(8)}")
+            try:
+                copy_to(conn, draft, replace=True)
+                return _replace_store(store, draft, now_ms)
+            finally:
+                draft.unlink(missing_ok=True)
+    except (OSError, sqlite3.Error) as error:
+        failure = failure_of(error, store)
+        raise type(failure)(f"nothing was restored: {failure.message}", hint=failure.hint) from error
+    finally:
+        unlock(held)
+
+
+def _replace_store(store: Path, draft: Path, now_ms: int) -> Path | None:
+    """Swap the files. The log goes aside first: beside another file it would be replayed into that one."""
+    kept = None
+    if store.exists():
+        kept = store.with_name(f"{STORE}.replaced-{now_ms}")
+        os.link(store, kept)
+        if wal_of(store).exists():
+            os.rename(wal_of(store), wal_of(kept))
+        _shm_of(store).unlink(missing_ok=True)
+    os.replace(draft, store)
+    store.with_name(store.name + OPEN_MARK).unlink(missing_ok=True)
+    sync_folder(store.parent)
+    return kept
 
 
 # -- checks ---------------------------------------------------------------------------------------------------

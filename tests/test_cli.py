@@ -32,6 +32,8 @@ VERBS = [
     "peers",
     "invite",
     "join",
+    "backup",
+    "restore",
     "node",
     "mcp",
 ]

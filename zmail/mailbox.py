@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CALL_TIMEOUT_S = 30.0  # of an answer: group commits take milliseconds, a sick disk seconds
 START_TIMEOUT_S = 10.0  # until the door answers: a cold disk, a store that needs checking
+BACKUP_TIMEOUT_S = 600.0  # gigabytes on a slow disk
 STOP_TIMEOUT_S = 10.0  # a node stops within two seconds; on a machine that swaps it may take longer
 STATE_TIMEOUT_S = 2.0  # a node that does not say its version by then is stuck
 _POLL_S = 0.01
@@ -138,6 +139,10 @@ class Mailbox:
     def status(self) -> dict[str, Any]:
         """Describe the node, the mailbox and the peers in one answer."""
         return self.call("status")
+
+    def backup(self, path: str) -> dict[str, Any]:
+        """Copy the store to a new file while everything goes on."""
+        return self.call("backup", {"path": os.path.abspath(path)}, timeout_s=BACKUP_TIMEOUT_S)
 
     def peers(self) -> dict[str, Any]:
         """List the other nodes of the mesh."""

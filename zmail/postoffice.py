@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 LIMIT_DEFAULT = 20  # of a listing
 WARNINGS_MAX = 20  # of one send: `all` may reach a thousand
 WAIT_MS_MAX = 3_600_000
+_EVENTS_SHOWN = 5
 INVITE_MS_DEFAULT = 15 * times.MINUTE_MS
 
 
@@ -68,6 +69,7 @@ class PostOffice:
             "wait_state": self.wait_state,
             "roster": self.roster,
             "status": self.status,
+            "backup": self.backup,
             "peers": self.peers,
             "invite": self.invite,
             "join": self.join,
@@ -465,11 +467,28 @@ class PostOffice:
                 "path": str(path),
                 "bytes": sum(each.stat().st_size for each in files),
                 **counts["store"],
+                "state": node.health.state,
+                "why": node.health.why,
+                "quarantined": node.health.quarantined,
+                "events": [
+                    {
+                        "at": times.format_time(one.at_ms),
+                        "kind": one.kind,
+                        "peer": one.peer,
+                        "detail": one.detail,
+                    }
+                    for one in await node.events(limit=_EVENTS_SHOWN)
+                ],
             },
             "peers": [_peer_shape(peer) for peer in node.peers()],
             "refused": {**await node.refused(), **self.refused},
             "config": self._settings.listing(),
         }
+
+    async def backup(self, who: Caller | None, args: Args) -> Shape:
+        """Copy the store to a new file while everything goes on."""
+        path = arguments.needed(args, "path")
+        return {"path": path, "bytes": await self._node.backup(path)}
 
     async def peers(self, who: Caller | None, args: Args) -> Shape:
         """List the other nodes of the mesh."""

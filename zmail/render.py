@@ -244,6 +244,7 @@ def status_text(answer: Shape, *, colour: bool = False) -> str:
         ("actions", _counts(actions, ("pending", "wip"))),
         ("store", f"{one_line(store.get('path'), 200)}, {_size(store.get('bytes'))}"),
         ("", _counts(store, ("briefs", "outbox", "dead"))),
+        ("", _trouble(store)),
         (
             "refused",
             ", ".join(f"{one_line(why)}: {n}" for why, n in (answer.get("refused") or {}).items())
@@ -256,6 +257,21 @@ def status_text(answer: Shape, *, colour: bool = False) -> str:
         rows = [tuple(one_line(each.get(key), 80) for key in ("key", "value", "source")) for each in config]
         parts.append(_table(("SETTING", "VALUE", "FROM"), rows, colour=colour))
     return "\n\n".join(parts)
+
+
+def _trouble(store: Shape) -> str:
+    """What is wrong with the store, and the last that happened to it; nothing when all is well."""
+    said = []
+    if store.get("state") not in (None, "ok"):
+        said.append(f"{one_line(store['state'])}: {one_line(store.get('why'), 300)}")
+    if store.get("quarantined"):
+        said.append(f"{store['quarantined']} damaged messages in quarantine")
+    if events := store.get("events"):
+        last = events[0]
+        said.append(
+            f"last event: {one_line(last['kind'])} ({one_line(last['at'])}) {one_line(last['detail'], 200)}"
+        )
+    return "; ".join(said)
 
 
 # ---- the notice pushed into a session ----

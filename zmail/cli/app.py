@@ -11,7 +11,7 @@ import click
 
 from broker_free.errors import BrokerFreeError
 from zmail import __version__
-from zmail.cli import mail, mesh, node
+from zmail.cli import mail, mesh, node, store
 from zmail.cli.options import HELP, Options, Verbs
 from zmail.errors import exit_code
 
@@ -48,7 +48,7 @@ def demo(options: Options) -> int:
     return main(json=options.json)
 
 
-for command in (*mail.COMMANDS, *mesh.COMMANDS, node.group):
+for command in (*mail.COMMANDS, *mesh.COMMANDS, *store.COMMANDS, node.group):
     app.add_command(command)
 
 
