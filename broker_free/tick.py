@@ -524,6 +524,7 @@ class Tick:
         # A tick visits only links with something to do: those that were touched since the last one, and those whose
         # time has come. Whoever calls a link that may then have to act stirs it; `_do` does.
         self._stirred: set[str] = set()
+        self._talk_due_ms = 0  # when registries are to be compared, found at the end of each tick
         self._places = 0
         self._place: dict[str, int] = {}  # of each peer: the order in which links are visited
         self._alarms: list[
@@ -744,16 +745,19 @@ class Tick:
         self._stir_due()
         if self._holds:
             self._release_due()
-        for peer in self._to_visit():
-            actions = self.links[peer].on_tick(self._now_ms)
-            if actions:
-                self._do(peer, actions)
+        if self._stirred:
+            for peer in self._to_visit():
+                actions = self.links[peer].on_tick(self._now_ms)
+                if actions:
+                    self._do(peer, actions)
         self._sync.keep_house(now_ms=self._now_ms, utc_ms=self._utc_ms, into=self._inputs.registry)
         if work or self._inputs or self._marks_are_due() or self._journal.has_due(self._steady_ms):
             self._transaction(work)
         self._weigh_backlog()
-        if self._sync.next_wake_ms(self._now_ms) <= self._now_ms:
+        self._talk_due_ms = self._sync.next_wake_ms(self._now_ms)
+        if self._talk_due_ms <= self._now_ms:
             self._converse()
+            self._talk_due_ms = self._sync.next_wake_ms(self._now_ms)
         if self._stirred:
             self._follow_up()
         outcome, self._outcome = self._outcome, Outcome()
@@ -820,7 +824,8 @@ class Tick:
         wake_ms = alarms[0][0] if alarms else self._now_ms + _WAKE_MS_MAX
         for until_ms in self._holds.values():
             wake_ms = wake_ms if until_ms is None else min(wake_ms, until_ms)
-        wake_ms = min(wake_ms, self._sync.next_wake_ms(self._now_ms))
+        if self._talk_due_ms < wake_ms:
+            wake_ms = max(self._now_ms, self._talk_due_ms)
         return wake_ms if self._marks_due_ms is None else min(wake_ms, self._marks_due_ms)
 
     def close(self) -> None:
@@ -1221,12 +1226,13 @@ class Tick:
     def _on_opened(self, peer: str, opened: links.Opened) -> None:
         self._inputs.has_opened = True
         self._outcome.opened.append((peer, opened))
+        # First, because telling may fail and end the session, and then the comparison ends with it.
+        self._sync.opened(peer, opened.about, now_ms=self._now_ms, utc_ms=self._utc_ms)
         self._tell_interest(peer)
         if self.listening:
             self._tell_listening(peer)
         self._ask_back(peer)
         self._tell_receipts(peer)
-        self._sync.opened(peer, opened.about, now_ms=self._now_ms, utc_ms=self._utc_ms)
 
     def _tell_interest(self, peer: str) -> None:
         body = json.dumps(self.interest).encode()
