@@ -38,7 +38,8 @@ from broker_free.schema import SCHEMA_VERSION, STEPS
 from tests.conftest import ROOT
 from tests.crash_worker import body_of, number_in
 
-NUMBERS = 24  # that each side sends
+NUMBERS = 24  # that each side sends; seven passings of every point come about
+NUMBERS_SOAK = 150  # and thirty
 PATIENCE_S = 60.0  # the machine may be loaded; nothing waits so long when all is well
 DRAIN_S = 30.0  # I6
 
@@ -196,9 +197,9 @@ class Mate:
     def numbers(self, table: str) -> list[int]:
         return [number for (number,) in self.query(f"SELECT number FROM {table} ORDER BY id")]
 
-    def plan(self, peer: Mate) -> list[object]:
+    def plan(self, peer: Mate, numbers: int) -> list[object]:
         """What is left to publish: after a life that ended early, from the next number on that was not tried."""
-        return [peer.node_id, max(self.all_said("intent"), default=-1) + 1, NUMBERS]
+        return [peer.node_id, max(self.all_said("intent"), default=-1) + 1, numbers]
 
 
 _addresses = iter(range(1, 250 * 250))
@@ -207,7 +208,17 @@ _addresses = iter(range(1, 250 * 250))
 class Pair:
     """A victim and its peer. The peer lives on while the victim dies, unless a scenario says otherwise."""
 
-    def __init__(self, nursery: Nursery, folder: Path, *, point: str, passing: int, later_ms: int) -> None:
+    def __init__(
+        self,
+        nursery: Nursery,
+        folder: Path,
+        *,
+        point: str,
+        passing: int,
+        later_ms: int,
+        numbers: int = NUMBERS,
+    ) -> None:
+        self.numbers = numbers  # that each side sends
         self.point = point
         self.fault = f"{point}:kill@{passing}+{later_ms}"
         self.once = f"{point}:kill@1+{later_ms}"
@@ -247,17 +258,17 @@ class Pair:
         shutil.rmtree(left)
 
     def start_victim(self, **options: object) -> None:
-        self.victim.start(publish=self.victim.plan(self.peer), **options)
+        self.victim.start(publish=self.victim.plan(self.peer, self.numbers), **options)
 
     def start_peer(self, **options: object) -> None:
-        self.peer.up(publish=self.peer.plan(self.victim), **options)
+        self.peer.up(publish=self.peer.plan(self.victim, self.numbers), **options)
 
     def finish(self) -> None:
         """Let both send what is left, wait until all has drained, stop them and compare."""
         both = (self.victim, self.peer)
         for mate in both:
             if mate.pid is None:
-                mate.up(publish=mate.plan(self.peer if mate is self.victim else self.victim))
+                mate.up(publish=mate.plan(self.peer if mate is self.victim else self.victim, self.numbers))
         for mate in both:
             mate.says("published")
         wait_until(self.has_drained, "I6: outboxes drain, effects and jobs are done", DRAIN_S)
@@ -329,6 +340,7 @@ def check(receiver: Mate, sender: Mate, *, has_gone_back: bool) -> None:
 # A scenario takes a pair that does not know each other yet and lets the victim die. `finish` comes after it.
 
 Scenario = Callable[[Pair], None]
+Run = tuple[str, int, int]  # point, passing, milliseconds between them and the kill
 
 
 def while_it_exchanges(pair: Pair) -> None:
@@ -531,8 +543,9 @@ PASSINGS: dict[Scenario, tuple[tuple[int, int], ...]] = {
 }
 
 
-def kill(nursery: Nursery, folder: Path, point: str, passing: int, later_ms: int) -> None:
-    pair = Pair(nursery, folder, point=point, passing=passing, later_ms=later_ms)
+def kill(nursery: Nursery, folder: Path, run: Run, numbers: int) -> None:
+    point, passing, later_ms = run
+    pair = Pair(nursery, folder, point=point, passing=passing, later_ms=later_ms, numbers=numbers)
     folder.mkdir()
     try:
         SCENARIOS[point](pair)
@@ -545,21 +558,19 @@ def kill(nursery: Nursery, folder: Path, point: str, passing: int, later_ms: int
         pair.clear()
 
 
-def kill_all(nursery: Nursery, folder: Path, runs: list[tuple[str, int, int]], *, at_once: int) -> None:
+def kill_all(nursery: Nursery, folder: Path, runs: list[Run], *, numbers: int = NUMBERS) -> None:
     """Run scenarios side by side, because each spends its time waiting for the others' turns and for redialling."""
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(6) as pool:
         futures = [
-            pool.submit(
-                kill, nursery, folder / f"{point}-{passing}-{later_ms}-{number}", point, passing, later_ms
-            )
-            for number, (point, passing, later_ms) in enumerate(runs)
+            pool.submit(kill, nursery, folder / f"{run[0]}-{number}", run, numbers)
+            for number, run in enumerate(runs)
         ]
         failures = [error for future in futures if (error := future.exception())]
     if failures:
         raise ExceptionGroup(f"{len(failures)} of {len(runs)}", failures)  # type: ignore[type-var]
 
 
-def runs_of(point: str) -> list[tuple[str, int, int]]:
+def runs_of(point: str) -> list[Run]:
     return [(point, *passing) for passing in PASSINGS.get(SCENARIOS[point], ((1, 0),))]
 
 
@@ -571,7 +582,7 @@ GROUPS = [list(SCENARIOS)[at : at + 5] for at in range(0, len(SCENARIOS), 5)]
 def test_a_node_killed_at_a_point_loses_nothing_doubles_nothing_and_keeps_the_order(
     nursery: Nursery, folder: Path, points: list[str]
 ) -> None:
-    kill_all(nursery, folder, [run for point in points for run in runs_of(point)], at_once=6)
+    kill_all(nursery, folder, [run for point in points for run in runs_of(point)])
 
 
 @pytest.mark.soak
@@ -582,8 +593,7 @@ def test_a_node_killed_at_a_point_ten_times_as_often(nursery: Nursery, folder: P
         runs = [(point, passing, (0, 5, 30)[passing % 3]) for passing in range(1, 31)]
     else:
         runs = [(point, 1, later_ms) for later_ms in range(0, 50, 5)]
-    # A passing that the traffic does not reach would wait in vain; NUMBERS is chosen so that thirty come about.
-    kill_all(nursery, folder, runs, at_once=6)
+    kill_all(nursery, folder, runs, numbers=NUMBERS_SOAK)
 
 
 def test_there_is_a_scenario_for_every_point_and_every_point_is_in_the_code() -> None:
