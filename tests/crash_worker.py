@@ -120,6 +120,8 @@ class Mate:
                     running.append(tasks.create_task(self._join(code)))
                 if self.options.get("rotate"):
                     running.append(tasks.create_task(self._rotate()))
+                if target := self.options.get("backup"):
+                    running.append(tasks.create_task(self._back_up(target)))
                 if plan := self.options.get("publish"):
                     running.append(tasks.create_task(self._publish(*plan)))
                 await stopped.wait()
@@ -141,6 +143,9 @@ class Mate:
                 self.say(rotated=True)
                 return
             await asyncio.sleep(0.02)
+
+    async def _back_up(self, target: str) -> None:
+        self.say(backed_up=await self.node.backup(target))
 
     async def _publish(self, peer: str, first: int, end: int) -> None:
         while not any(view.link == "open" for view in self.node.peers()):

@@ -203,6 +203,7 @@ class Mate:
 
 
 _addresses = iter(range(1, 250 * 250))
+_PORT = 10_000 + os.getpid() % 20_000  # of this run: another one beside it uses the same addresses
 
 
 class Pair:
@@ -228,9 +229,9 @@ class Pair:
 
     @staticmethod
     def _mate(nursery: Nursery, folder: Path, name: str) -> Mate:
-        # All of 127/8 is this machine: an address of its own for each node, so that a port stays free for it.
+        # All of 127/8 is this machine: an address of its own for each node, so that its port stays free for it.
         number = next(_addresses)
-        address = f"tcp://127.77.{number // 250}.{number % 250 + 1}:7420"
+        address = f"tcp://127.77.{number // 250}.{number % 250 + 1}:{_PORT}"
         return Mate(nursery, folder / name, address, name)
 
     def introduce(self) -> None:
@@ -502,6 +503,20 @@ def while_it_is_upgraded(pair: Pair) -> None:
     before_it_has_tables(pair)
 
 
+def while_it_is_backed_up(pair: Pair) -> None:
+    target = pair.victim.home.with_name("backup.db")
+    pair.introduce()
+    pair.peer.stop()
+    pair.start_peer()
+    three_times_in_a_row(pair, backup=str(target))
+    assert not target.exists(), "a backup is whole or has no name"
+    pair.start_victim(backup=str(target))
+    assert pair.victim.says("backed_up") == target.stat().st_size
+    with closing(sqlite3.connect(f"file:{target}?mode=ro", uri=True)) as copy:
+        assert copy.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert copy.execute("SELECT count(*) FROM peer").fetchone() > (0,)
+
+
 DURING_AN_EXCHANGE = (
     "before-begin",
     "after-begin",
@@ -517,7 +532,7 @@ DURING_AN_EXCHANGE = (
 SCENARIOS: dict[str, Scenario] = {
     **dict.fromkeys(DURING_AN_EXCHANGE, while_it_exchanges),
     "checkpointed": after_an_unclean_end,
-    "copy-drafted": while_it_is_upgraded,
+    "copy-drafted": while_it_is_backed_up,
     "keys-replaced": while_it_changes_its_key,
     "key-saved": while_its_peer_changes_its_key,
     "key-draft-written": before_it_has_keys,
