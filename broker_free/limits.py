@@ -19,6 +19,7 @@ class Limits:
     pack_bytes_max: int = 512 * KIB  # a pack stays well under the transport's frame limit
     outbox_messages_max: int = 10_000  # for each peer
     outbox_bytes_max: int = 256 * MIB  # for each peer
+    outboxes_bytes_max: int = 1024 * MIB  # for all peers together, a body for several counted once
     recipients_max: int = 1_000  # of one publish
     peers_max: int = 1_024
     session_idle_ms: int = 120_000  # beyond `sessions_max` the longest idle ones end, none before this time

@@ -15,6 +15,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from broker_free.errors import (
     NodeClosed,
     PairingRefused,
     TimedOut,
+    TooLarge,
     TransactionMisused,
     UnknownMessage,
 )
@@ -228,6 +230,7 @@ class Node:
         self._on_alarm: list[Callable[[Alarm], None]] = []
         self._on_peer: list[Callable[[PeerView], None]] = []
         self._health = Health()
+        self._too_large: Counter[str] = Counter()
         self._on_health: list[Callable[[Health], None]] = []
         self._on_failed: list[Callable[[BaseException], None]] = []
         self._waiters: set[Waiter] = set()  # of fetches
@@ -303,7 +306,7 @@ class Node:
         """
         owner = self._running()
         message = Message(id=new_id(utc_ms()), subject=subject, body=body, headers=headers or {})
-        check_message(message, self.limits)
+        self._checked(message)
         return tuple(await owner.ask(lambda: owner.send_ephemeral(message, to)))
 
     def on_alarm(self, fn: Callable[[Alarm], None]) -> None:
@@ -389,7 +392,7 @@ class Node:
             blobs=tuple(blobs),
             wants_receipt=receipt,
         )
-        meta = check_message(message, self.limits)
+        meta = self._checked(message)
         work = Publish(
             message=message,
             meta=meta,
@@ -545,9 +548,9 @@ class Node:
         return await self.read(read_events, limit, kind)
 
     async def refused(self) -> dict[str, int]:
-        """Count what the sockets have turned away since the start, by reason."""
+        """Count what was turned away since the start, by reason: frames and peers, and callers beyond a limit."""
         owner = self._running()
-        return await owner.ask(owner.refused)
+        return dict(Counter(await owner.ask(owner.refused)) + self._too_large)
 
     async def alarms(self) -> dict[str, int]:
         """Count the alarms since the start, by kind."""
@@ -619,6 +622,13 @@ class Node:
             self._on_peer.remove(look)
 
     # -- between loop and owner -----------------------------------------------------------------------------
+
+    def _checked(self, message: Message) -> bytes:
+        try:
+            return check_message(message, self.limits)
+        except TooLarge as error:
+            self._too_large[error.code] += 1
+            raise
 
     def _running(self) -> Owner:
         if self._owner is None:

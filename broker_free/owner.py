@@ -271,6 +271,7 @@ class Owner:
     # -- transactional functions (run inside a tick) --------------------------------------------------------
 
     def open_consumer(self, tx: Tx, durable: str, pattern: str) -> int:
+        self._tick.check_interest(pattern)  # before the store takes it into memory
         number = self._store.consumer_open(durable, pattern)
         self._tick.add_interest(pattern)
         return number

@@ -216,6 +216,7 @@ class Store:
         self._peer_names: dict[int, str] = {}
         self._consumers: list[tuple[int, str]] = []
         self._counts: dict[int, _Count] = {}
+        self._total = _Count(size=limits.outboxes_bytes_max)
         self._settlements = 0  # grows when outbox rows may have left the queue
         self._settled: list[int] = []
         self._new_messages: list[tuple[object, ...]] = []  # taken by enqueue, not yet inserted
@@ -356,6 +357,7 @@ class Store:
         self._recount_waiting()
         self._find_next_expiry()
         self._counts = {}
+        self._total = _Count(size=self._limits.outboxes_bytes_max)
         self._settled = []
         self._forget_queued()
         self._born_done = set()
@@ -438,6 +440,7 @@ class Store:
             self.backlog = backlog
             self._forget_queued()
             self._counts = {}
+            self._total = _Count(size=self._limits.outboxes_bytes_max)
             if isinstance(error, Exception) and is_of_the_disk(error):
                 # Not the caller's fault: the whole transaction fails.
                 raise failure_of(error, self._path) from error
@@ -795,8 +798,10 @@ class Store:
         if not recipients:
             return []
         size = len(meta) + len(message.body)
+        self._check_total(size)
         for peer in recipients:
             self._check_room(peer, size)
+        self._total.size += size
         if message.blobs:
             self._refer(message.blobs, recipients, raw_id, now_ms)
         number, self._next_message = self._next_message, self._next_message + 1
@@ -848,6 +853,23 @@ class Store:
     def _forget_queued(self) -> None:
         self._new_messages.clear()
         self._new_outbox.clear()
+
+    def _check_total(self, size: int) -> None:
+        """As `_check_room`, for all peers together."""
+        total, most = self._total, self._limits.outboxes_bytes_max
+        if total.size + size > most and total.settled != self._settlements:
+            self.write_queued()
+            with self._translating():
+                total.size = self._conn.execute(
+                    "SELECT coalesce(sum(size), 0) FROM (SELECT max(bytes) AS size FROM outbox"
+                    f" WHERE state = {QUEUED} GROUP BY message)"
+                ).fetchone()[0]
+            total.settled = self._settlements
+        if total.size + size > most:
+            raise OutboxFull(
+                f"messages of {total.size} bytes already wait for all peers together; the limit is {most}",
+                hint="some peers have been unreachable for long: see zmail peers, or node.peers()",
+            )
 
     def _check_room(self, peer: str, size: int) -> None:
         number = self._peer_id(peer)

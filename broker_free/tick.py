@@ -36,6 +36,7 @@ from broker_free.antientropy import Findings, Say, Sync
 from broker_free.errors import (
     DiskFloor,
     InvalidInput,
+    OutboxFull,
     OutcomeUnknown,
     StoreBroken,
     StoreFailed,
@@ -550,11 +551,19 @@ class Tick:
         self.interest = tuple(sorted({*self.interest, pattern}))
 
     def add_interest(self, pattern: str) -> None:
-        """Add a subscription's pattern and tell the peers."""
-        check_pattern(pattern)
+        """Add a subscription's pattern and tell the peers. Raises TooLarge when there are too many."""
+        self.check_interest(pattern)
         self.interest = tuple(sorted({*self.interest, pattern}))
         for peer in self.links:
             self._tell_interest(peer)
+
+    def check_interest(self, pattern: str) -> None:
+        check_pattern(pattern)
+        if len({*self.interest, pattern}) > self._limits.interest_patterns_max:
+            raise TooLarge(
+                f"more than {self._limits.interest_patterns_max} patterns",
+                hint="listen to fewer, wider ones: a.> covers a.b and a.c",
+            )
 
     def add_peer(self, peer: str) -> None:
         if peer in self.links or peer == self.me:
@@ -958,10 +967,13 @@ class Tick:
                 self._absorb(tx, outcome)
                 outcome.results.append((work, result))
         except DiskFloor as error:
+            self.refused[error.code] += 1
             outcome.failures.append((work, error))
         except StoreFailed:
             raise
         except Exception as error:  # noqa: BLE001  the caller's function may raise anything; its savepoint is undone
+            if isinstance(error, TooLarge | OutboxFull):
+                self.refused[error.code] += 1
             outcome.failures.append((work, error))
 
     def _publish(self, work: Publish, outcome: Outcome, offered: dict[str, None]) -> list[str]:
