@@ -36,6 +36,7 @@ from broker_free.errors import (
     UnknownBlob,
     UnknownPeer,
 )
+from broker_free.filesystem import check_suitable
 from broker_free.frames import Frame
 from broker_free.futures import fail, succeed
 from broker_free.health import Health, HealthState
@@ -389,6 +390,7 @@ class Owner:
         node = self._node
         make_private(node.home)
         self._lock_fd = lock(node.home / "node.lock")
+        check_suitable(str(node.home))
         had_keys, had_store = (node.home / KEY_FILE).exists(), (node.home / STORE).exists()
         keys = load_or_create_keys(node.home / KEY_FILE, new_keypair)
         node.node_id = keys.node_id

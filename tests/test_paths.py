@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from broker_free.errors import NodeInUse, UnsuitableHome
-from zmail.paths import DOOR_BYTES_MAX, Home, file_system_of
+from broker_free.filesystem import file_system_of
+from zmail.paths import DOOR_BYTES_MAX, Home
 
 ROOT = Path(__file__).resolve().parents[1]
 

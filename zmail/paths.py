@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from broker_free.errors import NodeInUse, UnsuitableHome
+from broker_free.filesystem import check_suitable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,13 +28,6 @@ _ELSEWHERE = "choose another folder with ZMAIL_HOME"
 
 # `Home.holder` takes the lock for an instant: a start that meets it must not take it for a node.
 _HOLD_TRY_S = 0.3
-
-# File locks and SQLite's shared memory do not hold between the clients of these.
-_NETWORK = (
-    "9p afp afs beegfs ceph cifs davfs fuse.ceph fuse.davfs2 fuse.gcsfuse fuse.glusterfs fuse.rclone fuse.s3fs"
-    " fuse.sshfs glusterfs gpfs lustre ncpfs nfs nfs4 orangefs smb2 smb3 smbfs sshfs"
-)
-NETWORK_FILE_SYSTEMS = frozenset(_NETWORK.split())
 
 
 class Home:
@@ -132,16 +126,11 @@ class Home:
     def prepare(self, *, mountinfo: str | None = None) -> None:
         """Create the folders of state and door, and refuse those that cannot keep the promises: UnsuitableHome.
 
-        `mountinfo` is the text of /proc/self/mountinfo; where the system has none, the file system is not checked.
+        `mountinfo` is the text of /proc/self/mountinfo, for tests.
         """
         state_dir = os.path.realpath(self.state_dir)
         _make_private(state_dir)
-        kind = file_system_of(state_dir, _mountinfo() if mountinfo is None else mountinfo)
-        if kind in NETWORK_FILE_SYSTEMS:
-            raise UnsuitableHome(
-                f"{self.state_dir} is on a network file system ({kind}), where locks and commits do not hold",
-                hint="keep the state on a local disk: export ZMAIL_HOME=/a/folder/on/a/local/disk",
-            )
+        check_suitable(state_dir, mountinfo=mountinfo)
         if not os.access(state_dir, os.W_OK):
             raise UnsuitableHome(f"cannot write to {self.state_dir}", hint=_ELSEWHERE)
         door_dir = os.path.dirname(self.door_path)
@@ -168,39 +157,6 @@ def _locked(lock: int, how: int) -> bool:
 def _pid_in(lock: int) -> int:
     written = os.pread(lock, 16, 0).strip()
     return int(written) if written.isdigit() else 0
-
-
-def file_system_of(path: str, mountinfo: str) -> str | None:
-    """Name the type of the file system that holds `path` (absolute, links resolved); None when nothing fits.
-
-    A line is `36 35 98:0 /root /mount/point options [tags] - type source options`: proc(5).
-    """
-    kind, longest = None, -1
-    for line in mountinfo.splitlines():
-        before, dash, after = line.partition(" - ")
-        fields = before.split(" ")
-        if not dash or len(fields) < 5:
-            continue
-        mount_point = _unescaped(fields[4])
-        inside = mount_point in ("/", path) or path.startswith(mount_point + "/")
-        # Not `>`: of two mounts on one point the later one hides the earlier.
-        if inside and len(mount_point) >= longest:
-            kind, longest = after.split(" ", 1)[0], len(mount_point)
-    return kind
-
-
-def _unescaped(field: str) -> str:
-    """Undo the kernel's octal escapes for space, tab, newline and backslash."""
-    head, *rest = field.split("\\")
-    return head + "".join(chr(int(part[:3], 8)) + part[3:] for part in rest)
-
-
-def _mountinfo() -> str:
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
-    except OSError:
-        return ""  # not Linux
 
 
 def _make_private(folder: str) -> None:
