@@ -1505,7 +1505,8 @@ class Cluster:
         message = Message(
             id=message_id or self.new_id(), subject=subject, body=body, wants_receipt=wants_receipt
         )
-        self._submit(self.nodes[node], Publish(message, to, ttl_ms))
+        may_repeat = message_id is not None  # as a node has it: an id that was just made is in no table
+        self._submit(self.nodes[node], Publish(message, to, ttl_ms, may_repeat=may_repeat))
         return message.id
 
     def transact(self, node: str, fn: Callable[..., Any], *args: Any) -> None:  # Any: the caller's own
@@ -1829,7 +1830,7 @@ class Cluster:
         if work.message.subject == "mail.x" and self.random.random() < 0.1:
             work = replace(work, message=replace(work.message, body=b"other content"))
             self.oracle.conflicts.add(work.message.id)
-        self._submit(node, work)
+        self._submit(node, replace(work, may_repeat=True))
 
     def _transact(self, node: SimNode) -> None:
         planned = [(self.new_id(), self._some(node)) for _ in range(1 + self._below(3))]
