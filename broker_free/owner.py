@@ -37,6 +37,7 @@ from broker_free.errors import (
     UnknownPeer,
 )
 from broker_free.filesystem import check_suitable
+from broker_free.flood import resident_bytes
 from broker_free.frames import Frame
 from broker_free.futures import fail, succeed
 from broker_free.health import Health, HealthState
@@ -71,6 +72,7 @@ _HOUSEKEEPING_MS: Final = 5_000
 _PRUNE_MS: Final = 3_600_000
 _RELISTEN_AFTER_MS: Final = 200
 _RELISTEN_AGAIN_MS: Final = 1_000
+_MEMORY_MS: Final = 250  # a member on a fast network sends some 50 MB in that time
 _ROTATE_TIMEOUT_S: Final = 3.0
 _ROTATE_LOOK_S: Final = 0.02
 KEY_FILE: Final = "node.keys"
@@ -159,6 +161,8 @@ class Owner:
         self._failures: dict[str, str] = {}  # why there is no session with a peer
         self._hellos: dict[str, Allowance] = {}
         self._relisten_due_ms: int | None = None
+        self._memory_due_ms = 0
+        self._resident = resident_bytes()
 
     # -- called on the loop ---------------------------------------------------------------------------------
 
@@ -635,7 +639,16 @@ class Owner:
     def _on_event(self, event: Connected | Closed | Received | Beat, now_ms: int) -> None:
         match event:
             case Received(conn, user_id, parts):
-                self._on_frames(conn, user_id, parts, now_ms)
+                try:
+                    self._on_frames(conn, user_id, parts, now_ms)
+                except BrokerFreeError:
+                    raise
+                except Exception:
+                    # Protects the node from a peer's frames: a mistake of ours in reading them ends a session only.
+                    if not self.refusals.counts["internal"]:
+                        log.exception("a frame could not be handled", extra={"peer": user_id})
+                    self.refusals.add("internal", now_ms, peer=user_id)
+                    self._tick.drop(user_id, "a frame that could not be handled")
             case Connected(conn):
                 if not self.pairing.connected(conn):
                     self._tick.connected(conn)
@@ -767,6 +780,8 @@ class Owner:
 
     def _keep_house(self, now_ms: int) -> None:
         self.pairing.keep(now_ms)
+        if (at_ms := mono_ms()) >= self._memory_due_ms:  # now: the turn itself may have been long
+            self._look_for_floods(at_ms)
         if self._relisten_due_ms is not None and now_ms >= self._relisten_due_ms:
             self._relisten(now_ms)
         self._watch.tick(now_ms)
@@ -845,6 +860,24 @@ class Owner:
         self._dirty.add(peer)
         self.cut_inbound()
 
+    def _look_for_floods(self, now_ms: int) -> None:
+        """Cut who sends messages that never end. Looking costs a little, so only when this process has grown."""
+        self._memory_due_ms = now_ms + _MEMORY_MS
+        resident = resident_bytes()
+        if resident < self._resident + self._limits.unread_bytes_max // 2:
+            self._resident = min(resident, self._resident)
+            return
+        culprits = self._transport.cut_floods()
+        if culprits is None:
+            self._resident = resident  # grown for another reason
+            return
+        self.refusals.add("flood", now_ms, peers=", ".join(culprits))
+        for user_id, is_sure in culprits.items():
+            if not is_sure and user_id in self._tick.links and self._tick.links[user_id].is_open:
+                continue  # it has a session, over another connection: it is not the silent one
+            self.mesh.block(user_id, now_ms)
+            self._tick.drop(user_id, "blocked")
+
     def cut_inbound(self) -> None:
         """Cut every connection that others have opened to this node; those who may come back do so by themselves.
 
@@ -868,7 +901,7 @@ class Owner:
         chunks_ms = self.carrier.next_wake_ms(mono_ms()) if self._broken is None else None
         if chunks_ms is not None:
             due_ms = min(due_ms, chunks_ms)
-        for soon_ms in (self._relisten_due_ms, self.pairing.next_wake_ms()):
+        for soon_ms in (self._memory_due_ms, self._relisten_due_ms, self.pairing.next_wake_ms()):
             if soon_ms is not None:
                 due_ms = min(due_ms, soon_ms)
         sleep_ms = max(0, due_ms - mono_ms())

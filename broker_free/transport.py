@@ -39,6 +39,7 @@ import zmq
 from zmq import zmq_poll
 
 from broker_free.errors import AddressInUse, InvalidInput
+from broker_free.flood import Address, address_of, connections
 from broker_free.limits import KIB, Limits
 from broker_free.security import KeyPair, key_bytes_of, node_id_of, z85_of
 
@@ -58,6 +59,8 @@ REWATCH_MS_MAX: Final = 30_000  # up to here
 BIND_PATIENCE_S: Final = 1.0  # a listener that was closed leaves its port a moment later
 BIND_RETRY_S: Final = 0.02
 ROUTES_PER_USER: Final = 8  # connections of one user id that are told apart; a peer needs one or two
+FRAME_OVERHEAD_BYTES: Final = 64  # a frame on the wire is larger than what it holds: CURVE, lengths (at most)
+SILENT_REMEMBERED: Final = 64
 BURST: Final = 64  # messages read from one socket before the next has its turn
 
 ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
@@ -166,7 +169,18 @@ class _Inlet:
 class _Link:
     """One dial: a DEALER, its monitor and what is known of it. Lives until `Closed` or `close`."""
 
-    __slots__ = ("broken", "conn", "deadline", "inlet", "is_open", "monitor", "send", "user_id")
+    __slots__ = (
+        "broken",
+        "conn",
+        "deadline",
+        "endpoint",
+        "inlet",
+        "is_open",
+        "monitor",
+        "read_bytes",
+        "send",
+        "user_id",
+    )
 
     def __init__(self, conn: int, user_id: str, deadline: float) -> None:
         self.conn = conn
@@ -174,6 +188,8 @@ class _Link:
         self.deadline = deadline  # of the handshake, on the monotonic clock
         self.is_open = False
         self.broken: str | None = None  # why; what is left of its messages is read before Closed
+        self.endpoint = ""  # of the address that was dialled
+        self.read_bytes = 0  # about: what the sender needed for what was read
         self.inlet: _Inlet
         self.monitor: _Inlet
         self.send: Callable[[bytes, int], object]
@@ -182,12 +198,14 @@ class _Link:
 class _Route:
     """One inbound connection, known by the routing id that the ROUTER gave it."""
 
-    __slots__ = ("conn", "is_muted", "routing_id", "user_id")
+    __slots__ = ("address", "conn", "is_muted", "read_bytes", "routing_id", "user_id")
 
-    def __init__(self, conn: int, routing_id: bytes, user_id: str) -> None:
+    def __init__(self, conn: int, routing_id: bytes, user_id: str, address: Address | None) -> None:
         self.conn = conn
         self.routing_id = routing_id
         self.user_id = user_id
+        self.address = address  # of the far end
+        self.read_bytes = 0  # about: what the sender needed for what was read
         self.is_muted = False  # closed by the owner: what still comes in is dropped
 
 
@@ -237,6 +255,7 @@ class Transport:
         zap.bind(ZAP_ENDPOINT)
         self._zap = self._open_inlet(zap, self._drain_zap)
         self._sub = self._open_inlet(self._subscriber(), self._drain_sub)
+        self._silent: dict[str, str] = {}  # user ids that were let in and have said nothing → their addresses
         self._watched: dict[str, bytes] = {}  # endpoint → server key
         self._watched_at: dict[str, str] = {}  # endpoint → the address it is connected to
 
@@ -381,6 +400,7 @@ class Transport:
             dealer.close()
             raise
         link.send = _fast_send(dealer)
+        link.endpoint = endpoint
         link.inlet = self._open_inlet(dealer, lambda events, burst: self._drain_link(link, events, burst))
         link.monitor = self._open_inlet(monitor, lambda events, _: self._drain_monitor(link, events))
         try:
@@ -596,12 +616,55 @@ class Transport:
         if admit and mechanism == b"CURVE" and [len(key) for key in credentials] == [32]:
             user_id, reason = self._admitted(admit, z85_of(credentials[0]))
         if user_id:
+            if domain == LINK_DOMAIN:
+                self._note_silent(user_id, address.decode("ascii", "replace"))
             return [*request[:2], version, request_id, b"200", b"OK", user_id.encode("utf-8"), b""]
         self.refused[reason] += 1
         log.debug(
             "handshake refused", extra={"reason": reason, "address": address.decode("ascii", "replace")}
         )
         return [*request[:2], version, request_id, b"400", b"refused", b"", b""]
+
+    def _note_silent(self, user_id: str, address: str) -> None:
+        """Remember who was let in and has said nothing yet, the latest only."""
+        self._silent.pop(user_id, None)
+        self._silent[user_id] = address
+        if len(self._silent) > SILENT_REMEMBERED:
+            del self._silent[next(iter(self._silent))]
+
+    def cut_floods(self) -> dict[str, bool] | None:
+        """Cut the connections that hold more unread bytes than `limits.unread_bytes_max`; return whose they are.
+
+        None when none does. A connection that never completed a message cannot be told from others of its kind: then
+        all at that address who were let in and have said nothing are suspected, and the value is False.
+        """
+        routes = {route.address: route for route in self._routes.values()}
+        links = {link.endpoint: link for link in self._links.values()}
+        watched = {
+            address: self._watched[at] for at, address in self._watched_at.items() if at in self._watched
+        }
+        port, beat_port = (_port_of(one) for one in (self._endpoint, self._pub_endpoint))
+        culprits: dict[str, bool] = {}
+        has_cut = False
+        for connection in connections():
+            far = _endpoint_of(connection.there)
+            link, server_key = links.get(far), watched.get(far)
+            route = routes.get(connection.there) if connection.here[1] == port else None
+            if connection.here[1] not in (port, beat_port) and link is None and server_key is None:
+                continue  # of the application
+            read_bytes = route.read_bytes if route else link.read_bytes if link else 0
+            if connection.received - read_bytes <= self._limits.unread_bytes_max:
+                continue
+            connection.cut()
+            has_cut = True
+            if route or link:
+                culprits[(route or link).user_id] = True  # type: ignore[union-attr]  # one of them is there
+            elif connection.here[1] == port:
+                silent = [one for one, address in self._silent.items() if address == connection.there[0]]
+                culprits.update({one: culprits.get(one, False) for one in silent})
+            elif server_key is not None:
+                culprits[node_id_of(server_key)] = True
+        return culprits if has_cut else None
 
     def _admitted(self, admit: Callable[[bytes], str | None], public: bytes) -> tuple[str | None, str]:
         try:
@@ -630,7 +693,8 @@ class Transport:
                 read += 1
                 route = routes.get(routing_id)
                 if route is None or route.user_id != user_id:
-                    route = self._new_route(routing_id, user_id)
+                    route = self._new_route(routing_id, user_id, frame)
+                route.read_bytes += sum(map(len, frames)) + len(frames) * FRAME_OVERHEAD_BYTES
                 if not route.is_muted:
                     events.append(Received(route.conn, user_id, frames))
                 # A lone message is the common case: asking is cheaper than running into EAGAIN (5 to 13 µs, cold).
@@ -640,7 +704,7 @@ class Transport:
             pass
         return read
 
-    def _new_route(self, routing_id: bytes, user_id: str) -> _Route:
+    def _new_route(self, routing_id: bytes, user_id: str, frame: zmq.Frame) -> _Route:
         """Number an inbound connection. libzmq does not tell when one ends, so two bounds keep the table small.
 
         Of one user id the newest `ROUTES_PER_USER` are known, so that nobody can push out others; and in all no
@@ -655,7 +719,11 @@ class Transport:
             self._forget(next(iter(siblings.values())))
         if len(self._routes) >= ROUTES_PER_USER * self._limits.peers_max:
             self._forget(next(iter(self._routes.values())))
-        route = _Route(next(self._numbers), routing_id, user_id)
+        fd = frame.get("__fd")  # of the connection, when the frame was read
+        route = _Route(
+            next(self._numbers), routing_id, user_id, address_of(int(fd)) if isinstance(fd, str) else None
+        )
+        self._silent.pop(user_id, None)
         self._routes[routing_id] = route
         self._routes_of.setdefault(user_id, {})[routing_id] = route
         self._route_of_conn[route.conn] = route
@@ -683,6 +751,7 @@ class Transport:
                 read += 1
                 if not link.is_open:  # the handshake was reported before this message came: tell it first
                     self._drain_monitor(link, events)
+                link.read_bytes += sum(map(len, frames)) + len(frames) * FRAME_OVERHEAD_BYTES
                 events.append(Received(link.conn, link.user_id, frames))
                 # Not once it is broken: asking makes libzmq drop what was not read yet.
                 if read == 1 and not link.broken and not zmq_poll(asked, 0):
@@ -861,6 +930,15 @@ def _parse(endpoint: str, *, dial: bool = False) -> tuple[str, int]:
     raise InvalidInput(
         f"{endpoint!r} is no endpoint", hint="write it as tcp://HOST:PORT, such as tcp://127.0.0.1:7400"
     )
+
+
+def _port_of(endpoint: str) -> int:
+    return int(endpoint.rpartition(":")[2] or 0)
+
+
+def _endpoint_of(address: Address) -> str:
+    host, port = address
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 class Resolver:
