@@ -37,7 +37,7 @@ VERBS = [
     "node",
     "mcp",
 ]
-NODE_VERBS = ["run", "start", "stop", "restart", "status"]
+NODE_VERBS = ["run", "start", "stop", "restart", "status", "rotate-key"]
 
 Env = Callable[..., dict[str, str]]
 
@@ -54,7 +54,7 @@ def test_the_help_lists_every_command_in_order_and_the_options_of_all(zmail: Zma
     assert all(option in run.stdout for option in ("--as", "--json", "--config", "--quiet", "--no-color"))
 
 
-@pytest.mark.parametrize("command", [*VERBS, *(f"node {verb}" for verb in NODE_VERBS)])
+@pytest.mark.parametrize("command", [*VERBS, "peers remove", *(f"node {verb}" for verb in NODE_VERBS)])
 def test_the_help_of_a_command_is_one_line_and_an_example_of_that_command(zmail: Zmail, command: str) -> None:
     run = zmail(*command.split(), "-h")
     assert (run.code, run.stderr) == (0, "")
@@ -544,8 +544,34 @@ def test_two_nodes_are_paired_by_one_command_on_each_side(
     waited = zmail("--as", "alpha", "send", "bravo@node-b", "-m", "x", "--wait", "delivered", "--json")
     assert (waited.code, waited.json["recipients"][0]["state"]) == (0, "delivered")
 
-    again = zmail("--as", "bravo", "join", code, "--json", home=other)
+    third = other.parent / "c"
+    third.mkdir(mode=0o700)
+    again = zmail("--as", "cora", "join", code, "--json", home=third)
     assert (again.code, again.error["code"]) == (1, "pairing-refused"), "a code is good for one node, once"
+    status = zmail("--as", "alpha", "status", "--json").json
+    assert status["refused"]["unknown-key"] >= 1
+
+
+def test_a_node_gets_another_key_and_is_removed_by_one_command_each(
+    zmail: Zmail, other: Path, eventually: Callable[..., None]
+) -> None:
+    zmail("--as", "alpha", "check")
+    zmail("--as", "bravo", "check", home=other, env=NAMED_B)
+    zmail("join", zmail("invite").stdout.strip(), home=other, env=NAMED_B)
+    rotated = zmail("node", "rotate-key", "--json", home=other)
+    assert rotated.code == 0, rotated.stderr
+    eventually(
+        lambda: zmail("--as", "alpha", "send", "bravo", "-m", "x", "--wait", "delivered").code == 0, 20
+    )
+    missing = zmail("peers", "remove", "node-x", "--json")
+    assert (missing.code, missing.error["code"]) == (3, "unknown-address")
+    removed = zmail("peers", "remove", "NODE-B")
+    assert removed.code == 0, removed.stderr
+    assert "mail that waits for it is dead" in removed.stdout
+    assert zmail("peers", "--json").json["peers"] == []
+    assert [each["callsign"] for each in zmail("roster", "--json").json["agents"]] == ["alpha"]
+    eventually(lambda: zmail("status", "--json", home=other).json["node"]["removed_by"] is not None, 20)
+    assert "removed from the mesh by" in zmail("status", home=other).stdout
 
 
 NAMED_B = {"ZMAIL_NODE_NAME": "node-b"}

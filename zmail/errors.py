@@ -66,6 +66,7 @@ EXIT_CODES: dict[str, int] = {
     "unsuitable-home": 1,
     "address-in-use": 1,
     "pairing-refused": 1,
+    "mesh-full": 1,
     "store-failed": 1,
     "disk-low": 1,
     "store-broken": 1,

@@ -148,6 +148,14 @@ class Mailbox:
         """List the other nodes of the mesh."""
         return self.call("peers")
 
+    def remove_peer(self, node: str) -> dict[str, Any]:
+        """Remove a node from the mesh, by its name or id."""
+        return self.call("remove_peer", {"node": node})
+
+    def rotate_key(self) -> dict[str, Any]:
+        """Give the node another key."""
+        return self.call("rotate_key")
+
     def invite(self, *, ttl: str | None = None, address: str | None = None) -> dict[str, Any]:
         """Make a code with which one other node may join."""
         return self.call("invite", {"ttl": ttl, "address": address})

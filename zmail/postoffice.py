@@ -71,6 +71,8 @@ class PostOffice:
             "status": self.status,
             "backup": self.backup,
             "peers": self.peers,
+            "remove_peer": self.remove_peer,
+            "rotate_key": self.rotate_key,
             "invite": self.invite,
             "join": self.join,
             "node-status": self.node_status,
@@ -460,6 +462,7 @@ class PostOffice:
                 "pid": os.getpid(),
                 "uptime_s": int(time.monotonic() - self._started_s),
                 "endpoints": list(node.endpoints),
+                "removed_by": self._name_of(node.removed_by),
             },
             "inbox": counts["inbox"],
             "actions": counts["actions"],
@@ -494,6 +497,21 @@ class PostOffice:
         """List the other nodes of the mesh."""
         return {"peers": [_peer_shape(peer) for peer in self._node.peers()]}
 
+    async def remove_peer(self, who: Caller | None, args: Args) -> Shape:
+        """Remove a node, named by its name, its id or the beginning of it; this one leaves the mesh."""
+        node_id = self.directory().node(arguments.needed(args, "node").lower())
+        name = await self._node.remove_peer(node_id)
+        return {"removed": {"id": node_id, "name": name, "is_this": node_id == self._node.node_id}}
+
+    async def rotate_key(self, who: Caller | None, args: Args) -> Shape:
+        """Give this node another key, and say which nodes know it."""
+        names = {peer.node_id: peer.name for peer in self._node.peers()}
+        aware, unaware = await self._node.rotate_key()
+        return {
+            "aware": [names.get(one, one) for one in aware],
+            "unaware": [names.get(one, one) for one in unaware],
+        }
+
     async def invite(self, who: Caller | None, args: Args) -> Shape:
         """Make a code with which one other node may join."""
         ttl = arguments.text(args, "ttl")
@@ -507,6 +525,13 @@ class PostOffice:
         """Join the mesh of the node that made `code`."""
         joined = await self._node.join(arguments.needed(args, "code"))
         return {"node": joined.name, **await self.peers(who, args)}
+
+    def _name_of(self, node_id: str | None) -> str | None:
+        if node_id is None:
+            return None
+        if node_id == self._node.node_id:
+            return self._node.name
+        return next((peer.name for peer in self._node.peers() if peer.node_id == node_id), node_id)
 
     async def node_status(self, who: Caller | None, args: Args) -> Shape:
         return {"state": "running", "pid": os.getpid(), "version": __version__}
@@ -557,6 +582,8 @@ def _peer_shape(peer: PeerView) -> Shape:
         "state": peer.state,
         "rtt_ms": peer.rtt_ms,
         "endpoints": list(peer.endpoints),
+        "pending": peer.is_pending,
+        "why": peer.why_closed or None,
     }
 
 

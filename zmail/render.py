@@ -203,7 +203,7 @@ def _nodes(nodes: Iterable[Shape], *, now_ms: int, colour: bool) -> str:
     rows = [
         (
             one_line(each.get("name")),
-            _state(each.get("state"), colour=colour),
+            _peer_state(each, colour=colour),
             _round_trip(each.get("rtt_ms")),
             _age(each.get("last_seen"), now_ms=now_ms),
         )
@@ -230,6 +230,51 @@ def peers_text(answer: Shape, *, colour: bool = False) -> str:
     return _table(("NODE", "STATE", "RTT", "ADDRESS", "ID"), rows, colour=colour)
 
 
+def _removed(by: object) -> str:
+    return f"removed from the mesh by {one_line(by)}: join again with a new code" if by else ""
+
+
+def _peer_state(peer: Shape, *, colour: bool) -> str:
+    """Say how a node is, and of one that cannot be reached why, where that helps."""
+    if peer.get("pending"):
+        return "pending"  # introduced, and nobody has met it yet
+    if peer.get("why") == "refused":
+        return "refuses us"
+    return _state(peer.get("state"), colour=colour)
+
+
+def removed_text(answer: Shape) -> str:
+    """What a removal changes."""
+    removed = answer.get("removed") or {}
+    if removed.get("is_this"):
+        return (
+            "this node has left the mesh: the others refuse its key as soon as they hear of it\n"
+            "to come back: zmail invite on another node, zmail join CODE here"
+        )
+    name = one_line(removed.get("name"))
+    return (
+        f"removed {name} ({one_line(removed.get('id'))})\n"
+        "its key is refused here from now on, and at every other node as soon as that is reached\n"
+        "mail that waits for it is dead and kept; its callsigns have left the roster\n"
+        f"to let it in again: zmail invite here, zmail join CODE on {name}"
+    )
+
+
+def rotated_text(answer: Shape) -> str:
+    """Who knows the new key of this node."""
+    aware, unaware = (
+        ", ".join(one_line(name) for name in answer.get(key) or []) for key in ("aware", "unaware")
+    )
+    lines = [
+        "this node has another key; its id and its mail stay",
+        f"known to {aware or 'no other node yet'}",
+    ]
+    if unaware:
+        lines.append(f"not there now, told when they are back: {unaware}")
+    lines.append("invitations that were open are void: make new ones with zmail invite")
+    return "\n".join(lines)
+
+
 def status_text(answer: Shape, *, colour: bool = False) -> str:
     """The dashboard: this node, the mailbox, the store, the mesh, and where each setting comes from."""
     node, inbox, actions = (answer.get(key) or {} for key in ("node", "inbox", "actions"))
@@ -238,6 +283,7 @@ def status_text(answer: Shape, *, colour: bool = False) -> str:
     facts = [
         ("zmail", one_line(answer.get("version"))),
         ("node", f"{one_line(node.get('name'))} ({one_line(node.get('id'))})"),
+        ("", _removed(node.get("removed_by"))),
         ("process", f"pid {one_line(node.get('pid'))}, up {_span(node.get('uptime_s'))}"),
         ("listens", endpoints or "nowhere"),
         ("inbox", _counts(inbox, ("unread", "read", "starred", "archived"))),

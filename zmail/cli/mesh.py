@@ -7,7 +7,7 @@ from functools import partial
 import click
 
 from zmail import render
-from zmail.cli.options import Options, Verb, now_ms
+from zmail.cli.options import Options, Verb, Verbs, now_ms
 
 
 @click.command(cls=Verb)
@@ -36,16 +36,31 @@ def status(options: Options) -> None:
     options.answer(options.mailbox.status(), partial(render.status_text, colour=options.colour))
 
 
-@click.command(cls=Verb)
-@click.pass_obj
-def peers(options: Options) -> None:
-    """List the other nodes, and which of them can be reached.
+@click.group(cls=Verbs, invoke_without_command=True)
+@click.pass_context
+def peers(context: click.Context) -> None:
+    """List the other nodes and their state, or remove one.
 
     \b
     Example:
       zmail peers
     """
-    options.answer(options.mailbox.peers(), partial(render.peers_text, colour=options.colour))
+    if context.invoked_subcommand is None:
+        options: Options = context.obj
+        options.answer(options.mailbox.peers(), partial(render.peers_text, colour=options.colour))
+
+
+@peers.command()
+@click.argument("node")
+@click.pass_obj
+def remove(options: Options, *, node: str) -> None:
+    """Remove a node from the mesh: its key is refused everywhere from now on.
+
+    \b
+    Example:
+      zmail peers remove server2
+    """
+    options.answer(options.mailbox.remove_peer(node), render.removed_text)
 
 
 @click.command(cls=Verb)

@@ -1,10 +1,10 @@
-"""Commands about the node's process: run, start, stop, restart, status."""
+"""Commands about the node: run, start, stop, restart, status, rotate-key."""
 
 from __future__ import annotations
 
 import click
 
-from zmail import mailbox
+from zmail import mailbox, render
 from zmail.cli.options import Options, Verbs
 
 
@@ -84,6 +84,18 @@ def status(options: Options) -> None:
       zmail node status
     """
     _answer_state(options)
+
+
+@group.command(name="rotate-key")
+@click.pass_obj
+def rotate_key(options: Options) -> None:
+    """Give this node another key. Its id, its mail and its place in the mesh stay.
+
+    \b
+    Example:
+      zmail node rotate-key
+    """
+    options.answer(options.mailbox.rotate_key(), render.rotated_text)
 
 
 def _answer_state(options: Options) -> None:
