@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
+import shlex
+import stat
 from pathlib import Path
+from typing import Final
 
 from broker_free.errors import NodeInUse, UnsuitableHome
+
+log = logging.getLogger("broker_free")
+
+_OURS: Final = ("store.db", "node.", "blobs", "ballast")  # what the names of a node's files begin with
 
 _locks: set[int] = set()  # descriptors of the homes that this process holds
 
@@ -23,6 +31,35 @@ def make_private(home: Path) -> None:
             f"{home} is not private (mode {status.st_mode & 0o777:o}, owner {status.st_uid})",
             hint=f"chmod 700 {home}",
         )
+
+
+def check_files(home: Path) -> None:
+    """Refuse files of a node that others may have written, and close those that others could read.
+
+    The folder is private, so nobody can reach them now; whether that was so all the time, their modes tell.
+    """
+    found = [one for one in home.iterdir() if one.name.startswith(_OURS)]
+    found += [one for folder in found if folder.is_dir() for one in folder.iterdir()]
+    for path in found:
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            continue  # a draft that its writer has just renamed
+        if stat.S_ISLNK(status.st_mode):
+            raise UnsuitableHome(f"{path} is a symbolic link", hint="put the file itself in its place")
+        if status.st_uid != os.geteuid():
+            raise UnsuitableHome(
+                f"{path} belongs to another user (uid {status.st_uid})", hint="use a folder of your own"
+            )
+        mode = stat.S_IMODE(status.st_mode)
+        if mode & 0o022:
+            raise UnsuitableHome(
+                f"{path} could be written by other users (mode {mode:04o})",
+                hint=f"if you trust what is in it: chmod go-rwx {shlex.quote(str(path))}",
+            )
+        if mode & 0o077:
+            path.chmod(mode & 0o700)
+            log.warning("a file was open to other users", extra={"path": str(path), "mode": f"{mode:04o}"})
 
 
 def lock(path: Path) -> int:

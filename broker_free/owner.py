@@ -41,7 +41,7 @@ from broker_free.flood import resident_bytes
 from broker_free.frames import Frame
 from broker_free.futures import fail, succeed
 from broker_free.health import Health, HealthState
-from broker_free.home import lock, make_private, unlock
+from broker_free.home import check_files, lock, make_private, unlock
 from broker_free.membership import MEMBERS, WHEREABOUTS, Member
 from broker_free.mesh import Mesh
 from broker_free.message import Envelope, Message
@@ -277,6 +277,7 @@ class Owner:
 
     def open_consumer(self, tx: Tx, durable: str, pattern: str) -> int:
         self._tick.check_interest(pattern)  # before the store takes it into memory
+        self._tick.check_interest(pattern)
         number = self._store.consumer_open(durable, pattern)
         self._tick.add_interest(pattern)
         return number
@@ -393,6 +394,7 @@ class Owner:
         listen, models, migrations, effects = self._setup
         node = self._node
         make_private(node.home)
+        check_files(node.home)
         self._lock_fd = lock(node.home / "node.lock")
         check_suitable(str(node.home))
         had_keys, had_store = (node.home / KEY_FILE).exists(), (node.home / STORE).exists()

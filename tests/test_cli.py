@@ -569,7 +569,7 @@ def test_a_node_gets_another_key_and_is_removed_by_one_command_each(
     assert removed.code == 0, removed.stderr
     assert "mail that waits for it is dead" in removed.stdout
     assert zmail("peers", "--json").json["peers"] == []
-    assert [each["callsign"] for each in zmail("roster", "--json").json["agents"]] == ["alpha"]
+    assert [each["callsign"] for each in zmail("roster", "--json").json["callsigns"]] == ["alpha"]
     eventually(lambda: zmail("status", "--json", home=other).json["node"]["removed_by"] is not None, 20)
     assert "removed from the mesh by" in zmail("status", home=other).stdout
 
