@@ -277,7 +277,6 @@ class Owner:
 
     def open_consumer(self, tx: Tx, durable: str, pattern: str) -> int:
         self._tick.check_interest(pattern)  # before the store takes it into memory
-        self._tick.check_interest(pattern)
         number = self._store.consumer_open(durable, pattern)
         self._tick.add_interest(pattern)
         return number

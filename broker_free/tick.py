@@ -550,15 +550,6 @@ class Tick:
         self._effects_by_subject.clear()
         self.interest = tuple(sorted({*self.interest, pattern}))
 
-    def check_interest(self, pattern: str) -> None:
-        """Raise TooLarge for one pattern more than peers would take."""
-        if pattern not in self.interest and len(self.interest) >= self._limits.interest_patterns_max:
-            raise TooLarge(
-                f"this node listens to {len(self.interest)} patterns; the limit is"
-                f" {self._limits.interest_patterns_max}",
-                hint="listen to a wider pattern: * stands for one part of a subject, > for the rest",
-            )
-
     def add_interest(self, pattern: str) -> None:
         """Add a subscription's pattern and tell the peers. Raises TooLarge when there are too many."""
         self.check_interest(pattern)
