@@ -388,6 +388,7 @@ class Pairing:
 
     def _refuse(self, conn: int, reason: str, counted: str) -> None:
         self._host.refusals.add(counted, mono_ms())
+        self._store.note("join-refused", reason)
         self._send(conn, Frame(kind=frames.BYE, meta={"reason": reason}))
 
     def _send(self, conn: int, frame: Frame) -> None:

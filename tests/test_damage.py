@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from broker_free import Node
 from broker_free.errors import StoreBroken, StoreFailed
 from broker_free.limits import DAY_MS, Limits
 from broker_free.message import Message, metadata_of, new_id
-from broker_free.store import INBOX_QUARANTINED, QUARANTINED, Store
+from broker_free.store import DAMAGED, INBOX_QUARANTINED, QUARANTINED, Store
 from broker_free.storefile import wal_of
 
 NOW = 1_700_000_000_000
@@ -355,3 +357,41 @@ def test_damage_is_found_or_harmless_and_the_rest_is_delivered(
 
 def whole(message: Message) -> bytes:
     return metadata_of(message) + message.body
+
+
+# ── through real nodes ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_node_delivers_what_is_sound_and_shows_what_is_not(tmp_path: Path) -> None:
+    async def main() -> None:
+        dead: list[tuple[str, str, str]] = []
+        async with Node("a", home=tmp_path / "a") as a:
+            async with Node("b", home=tmp_path / "b") as b:
+                await b.join((await a.invite()).encode())
+                peer = b.node_id
+            receipts = [await a.publish("t.x", str(number).encode() * 50, to=[peer]) for number in range(5)]
+        spoil(tmp_path / "a" / "store.db", "UPDATE message SET body = X'00' WHERE body = ?", b"2" * 50)
+
+        arrived: list[bytes] = []
+        there = Node("b", home=tmp_path / "b")
+        there.effect("t.x", lambda tx, one: tx.after_commit(lambda: arrived.append(one.body)))
+        node = Node("a", home=tmp_path / "a")
+        node.on_dead(dead.extend)
+        async with node as a, there as b:
+            await b.join((await a.invite()).encode())  # both listen somewhere else now
+            await until(lambda: len(arrived) == 4)
+            await until(lambda: a.health.quarantined == 1)
+            await until(lambda: dead)
+            assert arrived == [str(number).encode() * 50 for number in (0, 1, 3, 4)]
+            assert dead == [(receipts[2].id, peer, DAMAGED)]
+            (event,) = await a.events(kind="quarantine")
+            assert receipts[2].id in event.detail
+            assert (event.peer, a.health.state) == (peer, "ok")
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+async def until(predicate: Callable[[], object], timeout: float = 30) -> None:
+    async with asyncio.timeout(timeout):
+        while not predicate():
+            await asyncio.sleep(0.01)

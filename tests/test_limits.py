@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from broker_free import Limits, Node, Tx
-from broker_free.errors import BrokerFreeError, InvalidInput, OutboxFull, TooLarge
+from broker_free.errors import BrokerFreeError, InvalidInput, OutboxFull, PairingRefused, TooLarge
 from broker_free.limits import DAY_MS, KIB, MIB
 from broker_free.message import Envelope
+from broker_free.storefile import looking_into
 
 DESIGN = {
     "body_bytes_max": MIB,
@@ -206,10 +207,17 @@ def test_an_effect_that_fails_is_given_up_after_as_many_tries_as_allowed(tmp_pat
 def test_members_beyond_the_limit_are_refused(tmp_path: Path) -> None:
     async def main() -> None:
         async with Node("a", home=tmp_path / "a", limits=Limits(peers_max=1)) as a:
+            code = (await a.invite()).encode()  # while there was room
             await known_and_gone(a, tmp_path, "b")
+            with pytest.raises(BrokerFreeError, match="the most it can hold"):
+                await a.invite()
             async with Node("c", home=tmp_path / "c") as c:
-                with pytest.raises(BrokerFreeError):
-                    await c.join((await a.invite()).encode())
+                with pytest.raises(PairingRefused, match="mesh is full"):
+                    await c.join(code)
             assert [peer.name for peer in a.peers()] == ["b"]
+        with looking_into(tmp_path / "a" / "store.db") as conn:
+            assert conn.execute("SELECT kind, detail FROM event").fetchall() == [
+                ("join-refused", "this mesh is full")
+            ]
 
     run(main())

@@ -332,6 +332,18 @@ def test_the_status_names_every_part() -> None:
     assert render.status_text({"version": "0.1.0"})
 
 
+def test_the_dashboard_says_what_is_wrong_with_the_store_and_nothing_when_all_is_well() -> None:
+    store = {"path": "/s", "bytes": 1, "state": "ok", "why": "", "quarantined": 0, "events": []}
+    assert "quarantine" not in render.status_text({"store": store})
+    event = {"at": "2026-04-01T10:00:00Z", "kind": "disk-low", "peer": "", "detail": "3 MiB\x1b[31m"}
+    store |= {"state": "failed", "why": "disk I/O error\nforged: line", "quarantined": 2, "events": [event]}
+    shown = render.status_text({"store": store})
+    for words in ("failed: disk I/O error", "2 damaged messages in quarantine", "last event: disk-low"):
+        assert words in shown
+    assert "\nforged" not in shown
+    assert "\x1b" not in shown
+
+
 def test_colours_come_only_when_asked_for_and_do_not_move_the_columns() -> None:
     answer = {"callsign": "bravo", "total": 1, "briefs": [a_brief()]}
     plain = render.inbox_text(answer, now_ms=NOW_MS)
