@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarks import blob, latency, report, throughput
+from benchmarks import blob, latency, links, mesh, report, throughput
 from benchmarks.lab import ENDING_SIGNALS, Lab, WorkerFailed
 from benchmarks.machine import file_system_of, folder_on_a_disk
 from benchmarks.suite import Suite, run
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (latency.SUITE, throughput.SUITE, blob.SUITE)}
+SUITES: dict[str, Suite] = {
+    suite.name: suite for suite in (latency.SUITE, throughput.SUITE, blob.SUITE, links.SUITE, mesh.SUITE)
+}
 KEPT_ROUNDS = 7  # a quick look with fewer must not replace a stored result
 HERE = Path(__file__).resolve().parent
 

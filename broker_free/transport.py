@@ -254,7 +254,8 @@ class Transport:
         zap = self._socket(zmq.ROUTER)
         zap.bind(ZAP_ENDPOINT)
         self._zap = self._open_inlet(zap, self._drain_zap)
-        self._sub = self._open_inlet(self._subscriber(), self._drain_sub)
+        self._look_due = 0.0  # when beats are read next, on the monotonic clock
+        self._sub = self._open_inlet(self._subscriber(), self._drain_sub, wakes=False)
         self._silent: dict[str, str] = {}  # user ids that were let in and have said nothing → their addresses
         self._watched: dict[str, bytes] = {}  # endpoint → server key
         self._watched_at: dict[str, str] = {}  # endpoint → the address it is connected to
@@ -298,7 +299,7 @@ class Transport:
         """Be known by other keys from now on: listen, dial and watch with them. Inbound connections are dropped."""
         self._keys = keys
         self._close_inlet(self._sub)
-        self._sub = self._open_inlet(self._subscriber(), self._drain_sub)
+        self._sub = self._open_inlet(self._subscriber(), self._drain_sub, wakes=False)
         watched, self._watched = self._watched, {}
         self._watched_at.clear()
         for endpoint, server_key in watched.items():
@@ -538,7 +539,12 @@ class Transport:
             else:
                 self._ready[self._inlets[fd]] = None
 
-        self._resolver.deliver(time.monotonic())
+        now = time.monotonic()
+        if self._watched and now >= self._look_due:
+            # Beats are read in batches: waking for each of a large mesh's was most of what an idle node cost.
+            self._look_due = now + self._limits.heartbeat_ms / 4_000
+            self._ready[self._sub] = None
+        self._resolver.deliver(now)
         events: list[Event] = [*self._owed]
         self._owed.clear()
         ready = self._ready
@@ -567,6 +573,8 @@ class Transport:
         if self._ready or self._owed:
             return 0
         deadlines = [self._resolver.deadline]
+        if self._watched:
+            deadlines.append(self._look_due)
         if self._dialling:
             deadlines.append(next(iter(self._dialling.values())).deadline)
         soonest = min((one for one in deadlines if one is not None), default=None)
@@ -845,18 +853,22 @@ class Transport:
         monitor.connect(endpoint)
         return monitor
 
-    def _open_inlet(self, socket_: _Socket, drain: Callable[[list[Event], int], int]) -> _Inlet:
+    def _open_inlet(
+        self, socket_: _Socket, drain: Callable[[list[Event], int], int], *, wakes: bool = True
+    ) -> _Inlet:
+        """Read a socket from now on. `wakes`: poll returns when something comes; else it is looked at now and then."""
         inlet = _Inlet(socket_, drain)
-        self._inlets[inlet.fd] = inlet
-        self._waiter.add(inlet.fd)
+        if wakes:
+            self._inlets[inlet.fd] = inlet
+            self._waiter.add(inlet.fd)
         self._touched.add(inlet)
         return inlet
 
     def _close_inlet(self, inlet: _Inlet) -> None:
         self._ready.pop(inlet, None)
         self._touched.discard(inlet)
-        del self._inlets[inlet.fd]
-        self._waiter.remove(inlet.fd)
+        if self._inlets.pop(inlet.fd, None) is not None:
+            self._waiter.remove(inlet.fd)
         inlet.socket.close()
 
     def close_all(self) -> None:
