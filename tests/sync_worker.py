@@ -128,7 +128,7 @@ async def slow(root: Path, control: Path, ms: int) -> dict[str, Any]:
         await until(lambda: len(pair.arrived) == MESSAGES, 60)
         took_ms = (loop.time() - began) * 1_000
         # Long enough for a peer to be suspected, had its heartbeats stopped: beside it, the disk stays busy.
-        while ms >= 500 and loop.time() - began < 8:
+        while ms >= 500 and loop.time() - began < 7:
             await pair.send(MESSAGES)
         control.write_text("")
         return {
