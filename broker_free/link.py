@@ -745,6 +745,10 @@ class Link:
         session = self._session
         if session is None or not session.is_open:
             return []
+        if (
+            frames.CREDITS not in session.features
+        ):  # version 1 hears of its window in acks: one that acks nothing
+            return [Send(session.conn, self._granting(frames.ACK, session, meta={"row": 0, "at": 0}))]
         return [Send(session.conn, self._granting(frames.CREDIT, session))]
 
     def reject(self, *, session: int, seq: int, reason: str) -> list[Action]:

@@ -1038,6 +1038,10 @@ class SimNode:
     def is_idle(self) -> bool:
         return not self._events and not self._work
 
+    def can_tell_receipts(self, peer: str) -> bool:
+        """Say whether this node and a peer speak of receipts; version 1 does not."""
+        return self.tick is not None and self.tick.links[peer].has(frames.RECEIPTS)
+
     # -- life -------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -1345,7 +1349,8 @@ class Oracle:
             if row.state == "delivered" and not is_held:
                 raise Violation("I1", f"{where} is lost: delivered, says its sender")
             wants_receipt = b'"receipt":true' in attempt.meta and not self._nodes[attempt.peer].has_gone_back
-            if wants_receipt and row.state == "delivered" and not node.has_gone_back:
+            can_tell = node.can_tell_receipts(attempt.peer) and not node.has_gone_back
+            if wants_receipt and row.state == "delivered" and can_tell:
                 there = receiver.inbox[receiver.known[node.name, attempt.id]]
                 if there.state == "done" and (attempt.peer, attempt.id) not in journal.receipts_taken:
                     raise Violation("I1", f"{where} is done with, and its sender was not told")
@@ -1599,7 +1604,7 @@ class Cluster:
         for node in self.nodes.values():
             journal = node.journal
             if (
-                journal.receipts_due
+                any(node.can_tell_receipts(sender) for sender, _ in journal.receipts_due)
                 or any(journal.queued.values())
                 or any(row.state == "revoking" for row in journal.outbox.values())
             ):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -136,3 +138,11 @@ def test_a_pack_with_lifetimes_of_any_bytes_is_read_or_refused(body: bytes) -> N
         return
     assert len(frames.ttls_of(frame)) == len(records)
     assert sum(12 + len(meta) + len(rest) for meta, rest in records) == len(body)
+
+
+def test_every_type_of_frame_is_in_the_protocol_document_under_its_number() -> None:
+    text = Path(frames.__file__).with_name("PROTOCOL.md").read_text()
+    listed: dict[str, int] = {}
+    for names, numbers in re.findall(r"^\| ([A-Z_, ]+) \| ([\d, ]+) \|", text, re.MULTILINE):
+        listed |= dict(zip(names.split(", "), map(int, numbers.split(", ")), strict=True))
+    assert listed == {name: kind for kind, name in frames.NAMES.items()}

@@ -625,3 +625,13 @@ def test_a_frame_without_lifetimes_is_laid_out_as_ever() -> None:
     (arrived,) = two.on_frame(CONN, data, 0)
     assert isinstance(arrived, link.Arrived)
     assert arrived.ttls == ()
+
+
+def test_a_peer_of_version_1_is_told_its_window_by_an_ack_of_nothing() -> None:
+    two = make(B, A)
+    meta = {"node_id": A, "boot": 1, "in_doubt": []}
+    (hello_ok,) = sent(two.on_frame(CONN, Frame(kind=frames.HELLO, session=9, meta=meta), 0))
+    nonce = hello_ok.meta["nonce"]
+    two.on_frame(CONN, Frame(kind=frames.READY, session=9, meta={"nonce": nonce}), 0)
+    (told,) = sent(two.grant(2, 4))
+    assert (told.kind, told.seq, told.credit_messages, told.version) == (frames.ACK, 0, 2, 1)

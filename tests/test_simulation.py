@@ -14,11 +14,13 @@ from dataclasses import replace
 
 import pytest
 
-from broker_free.message import Envelope
-from broker_free.testing import Cluster, Faults
-from broker_free.tick import Outcome, Tick, Tx, Work
+from broker_free.limits import Limits
+from broker_free.message import Envelope, Message
+from broker_free.testing import SMALL, Cluster, Faults, SimJournal, SimNode
+from broker_free.tick import Outcome, Publish, Tick, Tx, Work
 from tests.conftest import ROOT
 from tests.simulate import BUGS, Bug, quiet, run_seed, search
+from tests.version1 import Tick1
 
 AS_IT_IS = Bug(name="none")
 PROCESSES = min(2, os.cpu_count() or 1)
@@ -198,3 +200,66 @@ def test_a_lifetime_is_exact_within_a_second_over_jumps_of_either_clock(jump_ms:
             deadline_ms = cluster.nodes["n1"].journal.lifetimes[1]
             assert abs(deadline_ms - cluster.nodes["n0"].journal.outbox[1].expires_ms) <= 1_000
             remaining.clear()
+
+
+def test_no_schedule_breaks_a_promise_between_this_version_and_the_one_before() -> None:
+    with quiet():
+        for seed in range(120):
+            limits = (SMALL, Limits())[seed % 2]
+            cluster = Cluster(seed, nodes=2 + seed % 2, limits=limits)
+            cluster.nodes["n0"]._tick_type = Tick1
+            cluster.chaos(ms=1_000, operations=12)
+            cluster.heal()
+            cluster.check()
+
+
+def cloned(cluster: Cluster, name: str) -> SimNode:
+    """Start a second node on a copy of a node's store. It can only dial out."""
+    original = cluster.nodes[name]
+    copy = SimNode(
+        name,
+        timeline=cluster._timeline,
+        network=cluster._network,
+        random=cluster.random,
+        limits=original.limits,
+        journal=SimJournal(name, limits=original.limits),
+        tick=Tick,
+    )
+    copy.journal.restore(original.journal.snapshot())
+    copy.members = list(original.members)
+    copy.start()
+    return copy
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_two_live_copies_of_one_node_do_not_take_turns_and_everybody_is_told(seed: int) -> None:
+    alarms: dict[int, list[str]] = {}
+    superseded: list[str] = []
+
+    def note(node: SimNode, outcome: Outcome) -> None:
+        alarms.setdefault(id(node), []).extend(alarm.kind for alarm in outcome.alarms)
+        if node.name == "n0":
+            superseded.extend(reason for _, reason in outcome.lost if reason == "superseded")
+
+    with quiet():
+        cluster = Cluster(seed, nodes=2)
+        assert until(cluster, lambda: cluster.is_settled)
+        hub, original = cluster.nodes["n0"], cluster.nodes["n1"]
+        copy = cloned(cluster, "n1")
+        for node in (hub, original, copy):
+            node.finished = note
+        sent: dict[int, list[str]] = {id(original): [], id(copy): []}
+        for _ in range(40):
+            for node in (original, copy):
+                message = Message(id=cluster.new_id(), subject="mail.x", body=b"")
+                node.submit(Publish(message, ["n0"]))
+                sent[id(node)].append(message.id)
+            cluster.run(3_000)
+        arrived = [row.id for row in cluster.inbox("n0")]
+        assert len(arrived) == len(set(arrived))
+        assert len(superseded) <= 5, "in two minutes; taking turns would be one for each dial"
+        for ids in sent.values():
+            mine = [one for one in arrived if one in ids]
+            assert mine == ids[: len(mine)], "in order, and nothing left out"
+        assert any(set(ids) <= set(arrived) for ids in sent.values()), "one of them is served all the time"
+        assert all("clone" in alarms[id(node)] for node in (hub, original, copy))
