@@ -1172,8 +1172,10 @@ class SimNode:
             return
         self._due_ms = None
         events, self._events = self._events, []
-        most = self.limits.tick_operations_max
-        work, self._work = self._work[:most], self._work[most:]
+        work, self._work = self._work, []
+        if len(work) > self.limits.tick_operations_max:
+            self._work = work[self.limits.tick_operations_max :]
+            del work[self.limits.tick_operations_max :]
         try:
             tick.start(now_ms=due_ms, utc_ms=self.utc_ms, steady_ms=self.steady_ms)
             for event in events:
@@ -1669,8 +1671,9 @@ class Cluster:
                 self.oracle.cancelled(node, message_id, peer)
         for message_id, peer in outcome.delivered:
             self.oracle.delivered(node, message_id, peer)
-        self.counts["regression found"] += len(outcome.regressed)
-        self.counts["session lost"] += len(outcome.lost)
+        if outcome.lost or outcome.regressed:
+            self.counts["regression found"] += len(outcome.regressed)
+            self.counts["session lost"] += len(outcome.lost)
         for work, error in outcome.failures:
             if isinstance(error, Conflict) and self._is_conflict(work):
                 continue  # the caller's own mistake, told to the caller

@@ -5,9 +5,10 @@
     python -m tests.simulate --seed 4711                one schedule, with a line for all that happens
     python -m tests.simulate --bug no-dedup             break the code on purpose: how many seeds until it shows?
 
-The seed also draws the kind of schedule (PROFILES). Most are small (two or three nodes, some seven operations, a second
-of simulated time), because a bug that needs a long one nearly always shows in a short one too, and short ones are
-read with less pain; some have five to seven nodes, two ways between them, or stores put back one after another.
+The seed also draws the kind of schedule (PROFILES). Most are small (two or three nodes, some four operations and as
+many faults, a second of simulated time), because a bug that needs a long one nearly always shows in a short one too,
+and short ones are read with less pain; some have five to seven nodes, two ways between them, or stores that are put
+back one after another.
 `--profile` asks for one kind. Exit 1: a promise was broken; the seed and the invariant are printed, and `--seed`
 replays it (with the same `--rollback`, `--profile`, `--bug`).
 """
@@ -68,9 +69,9 @@ PROFILES = {
             name="bursts",
             weight=94,
             weight_rollback=74,
-            nodes=(2, 2, 3),
+            nodes=(2, 2, 2, 3),
             ms=(200, 1_200),
-            operations=(2, 8),
+            operations=(2, 6),
         ),
         Profile(
             name="mesh",
