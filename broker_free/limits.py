@@ -22,7 +22,10 @@ class Limits:
     outboxes_bytes_max: int = 1024 * MIB  # for all peers together, a body for several counted once
     recipients_max: int = 1_000  # of one publish
     peers_max: int = 1_024
-    session_idle_ms: int = 120_000  # beyond `sessions_max` the longest idle ones end, none before this time
+    idle_sessions_max: int = (
+        128  # beyond these the longest idle sessions end: half of what may be open stays free
+    )
+    session_idle_ms: int = 120_000  # none ends before this time
     interest_patterns_max: int = 1_000
     ttl_ms_default: int = 7 * DAY_MS
     ttl_ms_max: int = 14 * DAY_MS

@@ -147,7 +147,7 @@ class Watch:
             self._untold.clear()
             if self._is_beating:
                 self._transport.beat([self._beat()])
-            self._tick.retire_idle(keep=self._limits.sessions_max, idle_ms=self._limits.session_idle_ms)
+            self._tick.retire_idle(keep=self._limits.idle_sessions_max, idle_ms=self._limits.session_idle_ms)
         self._carry_out(self._presence.tick(now_ms))
 
     def next_wake_ms(self) -> int:

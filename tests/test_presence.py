@@ -285,7 +285,7 @@ async def pair_once(inviting: Node, joining: Node) -> None:
 def test_a_large_mesh_dials_only_whom_it_has_something_to_say_to_and_ends_idle_sessions(
     tmp_path: Path,
 ) -> None:
-    limits = replace(FAST, beat_members_max=1, sessions_max=0, session_idle_ms=100, heartbeat_ms=400)
+    limits = replace(FAST, beat_members_max=1, idle_sessions_max=0, session_idle_ms=100, heartbeat_ms=400)
 
     async def main() -> None:
         async with (
