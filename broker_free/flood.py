@@ -45,8 +45,11 @@ def resident_bytes() -> int:
     """Return how much memory this process has in use, 0 where that is not known."""
     if sys.platform != "linux":
         return 0
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * _PAGE
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * _PAGE
+    except OSError:  # out of descriptors: no reason for a node to end
+        return 0
 
 
 def address_of(fd: int) -> Address | None:
@@ -64,7 +67,11 @@ def connections() -> Iterator[Connection]:
     """Yield the established TCP connections of this process. Each is closed once the next is asked for."""
     if sys.platform != "linux":
         return
-    for name in os.listdir("/proc/self/fd"):
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError:  # out of descriptors
+        return
+    for name in names:
         found = _connection(int(name))
         if found is not None:
             try:
