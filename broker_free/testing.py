@@ -268,6 +268,9 @@ class SimJournal:
     def restore(self, image: Image | None) -> None:
         """Go back to a snapshot, or to an empty store: an old backup, a lost disk."""
         self.crash()
+        given_up = {
+            number for number, row in self.outbox.items() if row.state in ("cancelled", "expired", "dead")
+        }
         self._load(image or _empty())
         self._load(self.snapshot())  # the image stays as it is, for another time
         claimed: set[int] = set()
@@ -277,6 +280,12 @@ class SimJournal:
                 attempt.state = "kept" if is_known else "forgotten"
                 if is_known and attempt.peer != self._me:
                     claimed.add(attempt.row)
+        # What was withdrawn after the backup is queued in it: it is sent, for the first time now, behind the rest.
+        for attempt in list(self.history):
+            is_given_up = attempt.state == "kept" and attempt.peer != self._me and attempt.row in given_up
+            if is_given_up and self.outbox[attempt.row].state in ("queued", "revoking"):
+                self.history.append(replace(attempt))
+                attempt.state = "forgotten"
 
     def _remembers(self, attempt: Attempt) -> bool:
         if attempt.peer == self._me:

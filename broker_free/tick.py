@@ -435,7 +435,8 @@ class _Inputs:
     expired: list[tuple[str, links.Expired]] = field(default_factory=list)
     regressed: list[str] = field(default_factory=list)
     asked: list[_Asked] = field(default_factory=list)  # do we hold these messages that a peer wants back?
-    answered: list[tuple[str, list[str], list[str]]] = field(default_factory=list)  # (peer, held, free)
+    # (peer, id -> inbox row of what it holds, ids that it does not hold)
+    answered: list[tuple[str, dict[str, int], list[str]]] = field(default_factory=list)
     unrevoked: list[str] = field(default_factory=list)  # peers that cannot be asked
     receipts: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)  # (peer, (id, state))
     confirmed: list[tuple[str, list[str]]] = field(default_factory=list)  # (peer, ids of receipts it has)
@@ -915,7 +916,9 @@ class Tick:
             if journal.mark_expired(peer, expired.id, steady_ms):
                 outcome.dead.append((expired.id, peer, EXPIRED))
         for peer, held, free in inputs.answered:
-            delivered, cancelled = journal.settle_revoked(peer, held=held, free=free, now_ms=steady_ms)
+            delivered, cancelled = journal.settle_revoked(peer, held=list(held), free=free, now_ms=steady_ms)
+            if delivered:  # an ack like any other: it is what shows later that the peer's store went back
+                journal.note_acked(peer, *max(held.items(), key=lambda one: one[1]))
             outcome.delivered += [(message_id, peer) for message_id in delivered]
             outcome.dead += [(message_id, peer, CANCELLED) for message_id in cancelled]
         for peer in inputs.unrevoked:
@@ -1424,11 +1427,11 @@ class Tick:
     def _on_revoke(self, peer: str, frame: Frame) -> None:
         ids = _short_ids(frame)
         if frame.flags & FLAG_ANSWER:
-            held = {index for index, _ in links.pairs(frame.meta.get("have")) or ()}
+            held = dict(links.pairs(frame.meta.get("have")) or ())
             self._inputs.answered.append(
                 (
                     peer,
-                    [one for index, one in enumerate(ids) if index in held],
+                    {one: held[index] for index, one in enumerate(ids) if index in held},
                     [one for index, one in enumerate(ids) if index not in held],
                 )
             )
