@@ -7,14 +7,18 @@ flags, a length of 1 or 8 bytes, the content.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 import zmq
@@ -121,28 +125,46 @@ STRANGERS: Final[dict[str, Callable[[int, random.Random], None]]] = {
 
 @contextmanager
 def strangers_at(port: int, *, seed: int) -> Iterator[Counter[str]]:
-    """Attack a port in every way at once; counts the attacks."""
+    """Attack a port in every way at once, from another process; the counts are there at the end.
+
+    That process gives way to others: on a real attack the attacker's own work is done by another machine.
+    """
+    attacker = subprocess.Popen(
+        [sys.executable, "-m", "tests.hostile", str(port), str(seed)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).resolve().parents[1],
+    )
+    done: Counter[str] = Counter()
+    try:
+        yield done
+    finally:
+        said, _ = attacker.communicate(b"\n", timeout=60)
+        done.update(json.loads(said))
+
+
+def attack(port: int, *, seed: int) -> Counter[str]:
+    """Attack until standard input says that it is enough, and each way was taken once."""
     done: Counter[str] = Counter()
     is_over = threading.Event()
 
-    def attack(name: str, rng: random.Random) -> None:
-        while not is_over.is_set():
+    def go_on(name: str, rng: random.Random) -> None:
+        while not (is_over.is_set() and done[name]):
             with contextlib.suppress(OSError):
                 STRANGERS[name](port, rng)
             done[name] += 1
 
     threads = [
-        threading.Thread(target=attack, args=(name, random.Random(f"{seed}/{name}")), daemon=True)
+        threading.Thread(target=go_on, args=(name, random.Random(f"{seed}/{name}")), daemon=True)
         for name in STRANGERS
     ]
     for thread in threads:
         thread.start()
-    try:
-        yield done
-    finally:
-        is_over.set()
-        for thread in threads:
-            thread.join(20)
+    sys.stdin.readline()
+    is_over.set()
+    for thread in threads:
+        thread.join(20)
+    return done
 
 
 def client(
@@ -233,3 +255,8 @@ def hello(node_id: str, session: int) -> list[bytes]:
 
 def random_seed() -> int:
     return int.from_bytes(os.urandom(4), "big")
+
+
+if __name__ == "__main__":
+    os.nice(19)
+    print(json.dumps(attack(int(sys.argv[1]), seed=int(sys.argv[2]))), flush=True)
