@@ -802,6 +802,7 @@ class Owner:
             self._housekeeping_due_ms = now_ms + _HOUSEKEEPING_MS
             self._tell_health()
             self.mesh.unblock(now_ms)
+            self._resident = 0  # look once: memory that was freed before hides growth
             self._drop_former_key()
             self._hellos = {peer: one for peer, one in self._hellos.items() if not one.is_full(now_ms)}
             now_utc_ms, steady_ms = utc_ms(), self._steady.ms()
