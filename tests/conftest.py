@@ -18,16 +18,7 @@ from typing import Any, NoReturn, Protocol
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def require_fault(can_be_made: bool, reason: str) -> None:
-    """Skip a fault that this machine cannot make; a failure where ZMAIL_REQUIRE_ROOT_FAULTS=1 says that it must."""
-    if can_be_made:
-        return
-    if os.environ.get("ZMAIL_REQUIRE_ROOT_FAULTS") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)
+from tests.nodes import PATIENCE_S, ROOT, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +50,12 @@ class Zmail(Protocol):
         input: str | bytes = "",
         timeout: float = 60,
     ) -> Run: ...
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left() -> Iterator[None]:
+    yield
+    Worker.end_all()
 
 
 @pytest.fixture
@@ -121,7 +118,7 @@ def zmail(zmail_env: Callable[[Path | None], dict[str, str]]) -> Iterator[Zmail]
 def eventually() -> Callable[..., None]:
     """Wait until a condition holds, and fail when it does not in time."""
 
-    def wait(predicate: Callable[[], object], timeout: float = 5) -> None:
+    def wait(predicate: Callable[[], object], timeout: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + timeout
         while not predicate():
             assert time.monotonic() < deadline, "the condition did not come true in time"
@@ -138,7 +135,7 @@ def cannot(reason: str) -> NoReturn:
 
 
 def need_root() -> None:
-    """For tests that mount file systems or make network namespaces."""
+    """For tests that mount file systems, make network namespaces, or act as another user."""
     if os.geteuid() != 0 or not sys.platform.startswith("linux"):
         cannot("needs root on Linux")
 

@@ -6,8 +6,7 @@ import asyncio
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,22 +86,11 @@ async def pair(one: Site, two: Site) -> None:
 @contextmanager
 def homes(count: int) -> Iterator[list[Path]]:
     folders = [Path(tempfile.mkdtemp(prefix="zm-")) for _ in range(count)]
-    yield folders
-    for folder in folders:
-        shutil.rmtree(folder)
-
-
-async def eventually(condition: Callable[[], object], *, timeout_s: float = 5.0) -> None:
-    """Wait until a condition holds; it may be a coroutine function."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        holds = condition()
-        if asyncio.iscoroutine(holds):
-            holds = await holds
-        if holds:
-            return
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        await asyncio.sleep(0.005)
+    try:
+        yield folders
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder)
 
 
 def known(caller: Caller | None) -> Caller:

@@ -9,20 +9,15 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from broker_free import Node
 from broker_free.errors import StoreBroken, StoreFailed
+from tests.nodes import until
 
 MESSAGES = 12
-
-
-async def until(predicate: Callable[[], object], timeout: float = 30) -> None:
-    async with asyncio.timeout(timeout):
-        while not predicate():
-            await asyncio.sleep(0.005)
 
 
 class Pair:

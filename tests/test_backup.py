@@ -8,10 +8,8 @@ import shutil
 import sqlite3
 import stat
 import subprocess
-from collections.abc import Callable, Coroutine
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,18 +17,9 @@ from broker_free import Node
 from broker_free.errors import InvalidInput, NodeInUse, StoreFailed, UnsuitableHome
 from broker_free.storefile import looking_into, restore
 from tests.conftest import Zmail, need_root
+from tests.nodes import run, until
 
 BACKUP = "copy.db"
-
-
-def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 90))
-
-
-async def until(predicate: Callable[[], object], timeout: float = 30) -> None:
-    async with asyncio.timeout(timeout):
-        while not predicate():
-            await asyncio.sleep(0.005)
 
 
 class Machine:

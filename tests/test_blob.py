@@ -7,12 +7,11 @@ import json
 import os
 import random
 import subprocess
-import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -46,26 +45,11 @@ from broker_free.errors import (
 from broker_free.frames import CHUNK, CHUNK_GET
 from broker_free.limits import MIB, Limits
 from broker_free.message import Envelope
-from tests.blob_worker import content
-
-T = TypeVar("T")
+from tests.conftest import need_root
+from tests.node_worker import content
+from tests.nodes import Worker, pair, run, until
 
 PEER, OTHER = "p" * 32, "o" * 32
-
-
-def run(main: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(main, 60))
-
-
-async def until(predicate: Callable[[], object], timeout: float = 30) -> None:
-    async with asyncio.timeout(timeout):
-        while not predicate():
-            await asyncio.sleep(0.005)
-
-
-async def pair(inviting: Node, joining: Node) -> None:
-    await joining.join((await inviting.invite()).encode())
-    await until(lambda: all(peer.link == "open" for node in (inviting, joining) for peer in node.peers()))
 
 
 async def offer(node: Node, to: Node, body: bytes) -> str:
@@ -643,15 +627,14 @@ def test_what_is_over_a_limit_of_the_receiver_is_refused_by_type(tmp_path: Path)
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A home whose blobs lie on a disk of 4 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
+    need_root()
     home = tmp_path / "tiny"
     home.mkdir(mode=0o700)
     disk = home / "blobs"
     disk.mkdir(mode=0o700)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=0700", "tmpfs", str(disk)], check=True)
     yield home
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_disk_that_fills_up_on_the_way_is_an_error_by_type_and_gets_its_room_back(
@@ -711,46 +694,6 @@ def test_a_blob_is_kept_while_a_message_waits_with_it_and_dropped_long_after_its
 # -- killed processes -----------------------------------------------------------------------------------------------
 
 
-class Worker:
-    """A node in another process; see blob_worker."""
-
-    def __init__(self, home: Path, *args: str, **env: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.blob_worker", str(home), *args],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **env},
-        )
-        started = self.read()
-        self.node_id, self.endpoint = started["node_id"], started["endpoint"]
-
-    def read(self) -> dict[str, Any]:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        assert line, "the worker has ended"
-        return dict(json.loads(line))
-
-    def read_until(self, key: str) -> Any:
-        while key not in (said := self.read()):
-            pass
-        return said[key]
-
-    def read_progress(self, share: float) -> None:
-        while (said := self.read())["here"] < share * said["size"]:
-            pass
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self) -> list[int]:
-        """End a server. Returns the chunks that it was asked for."""
-        self.process.terminate()
-        asked = list(self.read_until("asked"))
-        assert self.process.wait(30) == 0
-        return asked
-
-
 SIZE = 16 * MIB
 BODY = content(5, SIZE)
 
@@ -759,13 +702,22 @@ def paired(tmp_path: Path) -> tuple[Path, Path, str, str]:
     """Return the homes of a server and of one who fetches that know each other, the id of the latter and
     the endpoint of the former."""
     serving, fetching = tmp_path / "s", tmp_path / "f"
-    host = Worker(serving, "invite")
+    host = Worker(serving, "receiver")
     guest = Worker(fetching, "join", host.read()["code"])
     assert guest.read_until("joined") == host.node_id
-    guest.process.wait()
-    host.process.terminate()
-    host.process.wait()
+    guest.wait()
+    host.stop()
     return serving, fetching, guest.node_id, host.endpoint
+
+
+def read_progress(fetching: Worker, share: float) -> None:
+    while (said := fetching.read())["here"] < share * said["size"]:
+        pass
+
+
+def asked_of(server: Worker) -> list[int]:
+    """End a server. Returns the chunks that it was asked for."""
+    return list(server.stop()[-1]["asked"])
 
 
 def missing_in(part: Path) -> set[int]:
@@ -780,9 +732,9 @@ def test_a_receiver_killed_on_the_way_fetches_only_what_is_missing(tmp_path: Pat
     server = Worker(serving, "serve", guest_id, "5", str(SIZE), LISTEN=listen)
     blob_id = server.read_until("blob")
     dying = Worker(fetching, "fetch", server.node_id, blob_id)
-    dying.read_progress(0.4)
+    read_progress(dying, 0.4)
     dying.kill()
-    before = server.stop()
+    before = asked_of(server)
     part = fetching / "blobs" / f"{blob_id}.part"
     with part.open("r+b") as file:  # as after a power loss: the length is there, the content is not
         file.seek(3 * CHUNK_BYTES)
@@ -794,7 +746,7 @@ def test_a_receiver_killed_on_the_way_fetches_only_what_is_missing(tmp_path: Pat
     again.read_until("blob")
     alive = Worker(fetching, "fetch", server.node_id, blob_id)
     assert Path(alive.read_until("path")).read_bytes() == BODY
-    asked = again.stop()
+    asked = asked_of(again)
     assert sorted(asked) == sorted(missing), (
         f"{len(asked)} asked for, {len(missing)} missing, {len(before)} before"
     )
@@ -805,11 +757,11 @@ def test_a_server_killed_on_the_way_is_asked_only_for_what_is_missing_when_it_is
     server = Worker(serving, "serve", guest_id, "5", str(SIZE), LISTEN=listen)
     blob_id = server.read_until("blob")
     client = Worker(fetching, "fetch", server.node_id, blob_id)
-    client.read_progress(0.4)
+    read_progress(client, 0.4)
     server.kill()
     again = Worker(serving, "serve", guest_id, "5", str(SIZE), LISTEN=listen)
     assert Path(client.read_until("path")).read_bytes() == BODY
-    asked = again.stop()
+    asked = asked_of(again)
     assert len(asked) == len(set(asked)), "nothing is asked for twice"
     assert 0 < len(asked) <= 0.7 * SIZE / CHUNK_BYTES
 

@@ -284,7 +284,7 @@ def test_ctrl_c_ends_a_command_with_130_and_no_traceback(
     waiting.stdin.flush()
     eventually(lambda: _unread_bytes(waiting.stdin.fileno()) == 0, 10)  # it has loaded, and waits for more
     waiting.send_signal(signal.SIGINT)
-    out, err = waiting.communicate(timeout=10)
+    out, err = waiting.communicate(timeout=40)
     assert (waiting.returncode, out, err) == (130, b"", b"")
 
 
@@ -509,7 +509,7 @@ def test_a_name_held_by_another_live_process_ends_with_5(zmail: Zmail, zmail_env
         run = zmail("--as", "alpha", "check", "--json")
         assert (run.code, run.error["code"]) == (5, "callsign-taken")
     finally:
-        session.communicate(timeout=10)
+        session.communicate(timeout=40)
     assert zmail("--as", "alpha", "check").code == 0
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from broker_free.limits import DAY_MS, Limits
 from broker_free.message import Message, metadata_of, new_id
 from broker_free.store import DAMAGED, INBOX_QUARANTINED, QUARANTINED, Store
 from broker_free.storefile import wal_of
+from tests.nodes import run, until
 
 NOW = 1_700_000_000_000
 ME, PEER = "m" * 32, "p" * 32
@@ -388,10 +388,4 @@ def test_a_node_delivers_what_is_sound_and_shows_what_is_not(tmp_path: Path) -> 
             assert receipts[2].id in event.detail
             assert (event.peer, a.health.state) == (peer, "ok")
 
-    asyncio.run(asyncio.wait_for(main(), 60))
-
-
-async def until(predicate: Callable[[], object], timeout: float = 30) -> None:
-    async with asyncio.timeout(timeout):
-        while not predicate():
-            await asyncio.sleep(0.01)
+    run(main())

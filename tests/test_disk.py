@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,11 @@ from broker_free.errors import DiskFloor, DiskLow
 from broker_free.limits import KIB, MIB, Limits
 from broker_free.store import CURRENT
 from tests.conftest import ROOT, need_root
+from tests.nodes import pair, run, until
 
 # Scaled down to a disk of 8 MiB. The floor still holds the log and what is moved from it into the file, 1 MiB each.
 FLOOR = 2_500 * KIB
 SMALL = Limits(disk_free_bytes_min=FLOOR, ballast_bytes=1_500 * KIB, heartbeat_ms=200)
-
-
-def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 90))
-
-
-async def until(predicate: Callable[[], object], timeout: float = 30) -> None:
-    async with asyncio.timeout(timeout):
-        while not predicate():
-            await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -63,11 +54,6 @@ def collecting(node: Node) -> list[bytes]:
     arrived: list[bytes] = []
     node.effect("t.>", lambda tx, envelope: tx.after_commit(lambda: arrived.append(envelope.body)))
     return arrived
-
-
-async def pair(inviting: Node, joining: Node) -> None:
-    await joining.join((await inviting.invite()).encode())
-    await until(lambda: all(peer.link == "open" for node in (inviting, joining) for peer in node.peers()))
 
 
 # ── the rule ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -23,6 +23,7 @@ import pytest
 from broker_free.client import DoorClient
 from broker_free.door import PATH_BYTES_MAX, Door, DoorConnection, DoorLimits, encode, unknown_verb
 from broker_free.errors import NodeInUse, NodeUnreachable, Refused, TimedOut, UnknownPeer, UnsuitableHome
+from tests.conftest import need_root
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -298,8 +299,8 @@ def test_the_caller_is_looked_at_before_its_first_line_is_read(
     caller.close()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user_is_refused_even_where_the_file_modes_let_them_in(door: Served) -> None:
+    need_root()
     os.chmod(door.door.path.parent, 0o755)
     os.chmod(door.door.path, 0o666)
     script = (

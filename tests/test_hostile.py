@@ -24,7 +24,8 @@ from broker_free.limits import MIB, Limits
 from broker_free.security import NodeKeys, load_or_create_keys
 from broker_free.transport import new_keypair
 from tests.hostile import STRANGERS, client, hello, random_frame, random_seed, strangers_at
-from tests.test_mesh import PATIENCE_S, join, said, soon, worker
+from tests.nodes import PATIENCE_S, until
+from tests.test_mesh import join, said, worker
 
 
 def port_of(node: Node) -> int:
@@ -111,7 +112,7 @@ async def with_bad_member(
             await join(a, b)
             await join(a, m)
         keys = load_or_create_keys(folder / "m" / "node.keys", new_keypair)
-        await soon(lambda: [peer.link for peer in a.peers() if peer.name == "m"] == ["closed"])
+        await until(lambda: [peer.link for peer in a.peers() if peer.name == "m"] == ["closed"])
         yield a, b, keys
 
 

@@ -61,7 +61,7 @@ def start() -> Iterator[Start]:
         process = subprocess.Popen(launcher, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         pids = [int(process.stdout.readline()) for _ in range(says)]
-        assert process.wait(timeout=5) == 0
+        assert process.wait(timeout=40) == 0
         started.append((process, pids))
         return pids
 
@@ -121,7 +121,7 @@ def register(home: str, pid: int, /, **changes: object) -> Path:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 40
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -19,6 +19,7 @@ from broker_free.errors import BrokerFreeError, InvalidInput, OutboxFull, Pairin
 from broker_free.limits import DAY_MS, KIB, MIB
 from broker_free.message import Envelope
 from broker_free.storefile import looking_into
+from tests.nodes import run, until
 
 DESIGN = {
     "body_bytes_max": MIB,
@@ -40,16 +41,6 @@ DESIGN = {
 def test_the_defaults_are_those_of_the_design() -> None:
     limits = Limits()
     assert {name: getattr(limits, name) for name in DESIGN} == DESIGN
-
-
-def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 60))
-
-
-async def until(predicate: Callable[[], object], timeout: float = 30) -> None:
-    async with asyncio.timeout(timeout):
-        while not predicate():
-            await asyncio.sleep(0.005)
 
 
 async def known_and_gone(node: Node, home: Path, *names: str) -> list[str]:

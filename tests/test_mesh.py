@@ -22,15 +22,8 @@ from broker_free.limits import Limits
 from broker_free.mesh import Mesh
 from broker_free.security import NodeKeys, load_or_create_keys
 from broker_free.transport import new_keypair
-from tests.test_node import collecting, run, until
-from tests.test_node import pair as paired
-
-PATIENCE_S = 40.0  # nothing here is a race: a loaded machine gets its time
-
-
-async def soon(predicate: object) -> None:
-    assert callable(predicate)
-    await until(predicate, PATIENCE_S)
+from tests.nodes import PATIENCE_S, ROOT, collecting, run, until
+from tests.nodes import pair as paired
 
 
 async def join(inviting: Node, joining: Node) -> None:
@@ -44,7 +37,7 @@ def knows(node: Node, *others: Node) -> bool:
 
 async def all_linked(nodes: Iterable[Node]) -> None:
     every = list(nodes)
-    await soon(lambda: all(knows(one, *(other for other in every if other is not one)) for one in every))
+    await until(lambda: all(knows(one, *(other for other in every if other is not one)) for one in every))
 
 
 def names(node: Node) -> set[str]:
@@ -85,7 +78,7 @@ def test_a_tenth_node_joins_once_and_all_ten_write_to_each_other(tmp_path: Path)
             tenth = nodes[-1]
             began = time.monotonic()
             await join(nodes[4], tenth)
-            await soon(lambda: knows(tenth, *nodes[:-1]) and all(knows(node, tenth) for node in nodes[:-1]))
+            await until(lambda: knows(tenth, *nodes[:-1]) and all(knows(node, tenth) for node in nodes[:-1]))
             print(f"ten nodes linked {time.monotonic() - began:.2f} s after one join")
             receipts = [await tenth.publish("t.x", b"j", to=[node.node_id for node in nodes[:-1]])]
             receipts += [
@@ -98,7 +91,7 @@ def test_a_tenth_node_joins_once_and_all_ten_write_to_each_other(tmp_path: Path)
             by = {peer.name: peer.introduced_by for peer in nodes[0].peers()}
             assert (by["j"], by["c"]) == (nodes[4].node_id, nodes[1].node_id)
 
-    asyncio.run(asyncio.wait_for(main(), 110))
+    run(main())
 
 
 def test_two_meshes_become_one_by_one_join(tmp_path: Path) -> None:
@@ -114,7 +107,7 @@ def test_a_member_is_pending_until_somebody_has_met_it(tmp_path: Path) -> None:
     async def main() -> None:
         async with Node("a", home=tmp_path / "a") as a, Node("b", home=tmp_path / "b") as b:
             await join(a, b)
-            await soon(lambda: a.peers()[0].link == "open" and not a.peers()[0].is_pending)
+            await until(lambda: a.peers()[0].link == "open" and not a.peers()[0].is_pending)
             owner = a._owner
             assert owner is not None
             stranger = owner.mesh.members[b.node_id]
@@ -123,7 +116,7 @@ def test_a_member_is_pending_until_somebody_has_met_it(tmp_path: Path) -> None:
                 stranger, node_id=keys.node_id, public_key=keys.public, name="absent", endpoints=()
             )
             await a.transact(owner.mesh.introduce, absent)
-            await soon(lambda: names(b) == {"a", "absent"})
+            await until(lambda: names(b) == {"a", "absent"})
             assert {peer.name: peer.is_pending for peer in b.peers()} == {"a": False, "absent": True}
 
     run(main())
@@ -142,7 +135,7 @@ def test_an_inviter_killed_around_its_answer_costs_nothing(tmp_path: Path, point
             try:
                 joined = await joining
                 assert joined.node_id == hello["node_id"]
-                await soon(lambda: [peer.link for peer in b.peers()] == ["open"])
+                await until(lambda: [peer.link for peer in b.peers()] == ["open"])
                 receipt = await b.publish("number", b"1", to=[joined.node_id])
                 await receipt.delivered(PATIENCE_S)
             finally:
@@ -161,10 +154,10 @@ def test_a_joiner_killed_before_it_took_the_answer_in_is_a_member_when_it_is_bac
             code = (await a.invite()).encode()
             joiner = await worker(tmp_path / "b", "join", code, fault=point)
             assert await joiner.wait() == -signal.SIGKILL
-            await soon(a.peers)
+            await until(a.peers)
             joiner = await worker(tmp_path / "b", "again")
             try:
-                await soon(lambda: [peer.link for peer in a.peers()] == ["open"])
+                await until(lambda: [peer.link for peer in a.peers()] == ["open"])
                 receipt = await a.publish("number", b"1", to=[a.peers()[0].node_id])
                 await receipt.delivered(PATIENCE_S)
             finally:
@@ -256,9 +249,9 @@ def test_a_removed_node_is_out_everywhere_its_mail_is_dead_and_the_others_go_on(
             home, gone = d.home, d.node_id
             assert await a.remove_peer(gone) == "d"
             began = time.monotonic()
-            await soon(lambda: all("d" not in names(node) for node in (a, b, c)))
+            await until(lambda: all("d" not in names(node) for node in (a, b, c)))
             print(f"removed everywhere after {time.monotonic() - began:.3f} s")
-            await soon(lambda: d.removed_by == a.node_id)
+            await until(lambda: d.removed_by == a.node_id)
             with pytest.raises(UnknownPeer):
                 await b.publish("t.x", b"", to=[gone])
             await all_linked([a, b, c])
@@ -287,7 +280,7 @@ def test_mail_that_waits_for_a_removed_node_is_dead_with_a_reason_and_kept(tmp_p
             a.on_dead(dead.extend)
             async with Node("b", home=tmp_path / "b") as b:
                 await paired(a, b)
-            await soon(lambda: a.peers()[0].link == "closed")
+            await until(lambda: a.peers()[0].link == "closed")
             receipts = [await a.publish("t.x", b"", to=[b.node_id]) for _ in range(3)]
             await a.remove_peer(b.node_id)
             with pytest.raises(InvalidInput, match="b was removed from the mesh by a"):
@@ -340,8 +333,10 @@ def test_a_node_that_was_away_at_the_removal_hears_of_it_at_its_first_contact(tm
                 Node("b", home=tmp_path / "b", listen=endpoint) as b,
             ):
                 # c may reach b before b hears of it; either way both end where a is.
-                await soon(lambda: names(b) == {"a"})
-                await soon(lambda: [peer.why_closed for peer in c.peers() if peer.name == "a"] == ["refused"])
+                await until(lambda: names(b) == {"a"})
+                await until(
+                    lambda: [peer.why_closed for peer in c.peers() if peer.name == "a"] == ["refused"]
+                )
                 assert names(a) == {"b"}
 
     run(main())
@@ -351,7 +346,7 @@ def test_a_node_may_leave_and_come_back_by_a_new_code(tmp_path: Path) -> None:
     async def main() -> None:
         async with mesh(tmp_path, "a", "b", "c") as (a, b, c):
             await c.remove_peer(c.node_id)
-            await soon(lambda: names(a) == {"b"} and names(b) == {"a"})
+            await until(lambda: names(a) == {"b"} and names(b) == {"a"})
             assert c.removed_by == c.node_id
             await join(b, c)
             await all_linked([a, b, c])
@@ -367,7 +362,7 @@ def test_allowed_removed_and_allowed_again_five_times(tmp_path: Path) -> None:
             for number in range(5):
                 began = time.monotonic()
                 await a.remove_peer(c.node_id)
-                await soon(lambda: "c" not in names(a) and "c" not in names(b))
+                await until(lambda: "c" not in names(a) and "c" not in names(b))
                 out = time.monotonic()
                 await join(b, c)
                 await all_linked([a, b, c])
@@ -377,7 +372,7 @@ def test_allowed_removed_and_allowed_again_five_times(tmp_path: Path) -> None:
                 print(f"removed after {out - began:.3f} s, in again after {time.monotonic() - out:.3f} s")
             assert arrived == [0, 1, 2, 3, 4]
 
-    asyncio.run(asyncio.wait_for(main(), 110))
+    run(main())
 
 
 def test_nobody_is_removed_who_is_no_member(tmp_path: Path) -> None:
@@ -402,14 +397,14 @@ def test_a_key_is_changed_while_one_member_is_away_and_no_mail_is_lost(tmp_path:
                 await join(a, c)
                 await all_linked([a, b, c])
                 at = c.endpoints[0]
-            await soon(lambda: [peer.link for peer in a.peers() if peer.name == "c"] == ["closed"])
+            await until(lambda: [peer.link for peer in a.peers() if peer.name == "c"] == ["closed"])
             waiting = await a.publish("t.x", b"for c", to=[c.node_id])
             old = load_or_create_keys(a.home / "node.keys", new_keypair)
             assert await a.rotate_key() == ([b.node_id], [c.node_id])
             new = load_or_create_keys(a.home / "node.keys", new_keypair)
             assert new.public != old.public
             assert (new.node_id, new.former) == (old.node_id, old.current)
-            await soon(lambda: knows(a, b) and knows(b, a))
+            await until(lambda: knows(a, b) and knows(b, a))
             await (await b.publish("t.x", b"to a", to=[a.node_id])).delivered(PATIENCE_S)
             await (await a.publish("t.x", b"to b", to=[b.node_id])).delivered(PATIENCE_S)
             with pytest.raises(InvalidInput, match="has not reached c"):
@@ -419,7 +414,7 @@ def test_a_key_is_changed_while_one_member_is_away_and_no_mail_is_lost(tmp_path:
             async with c:
                 await waiting.delivered(PATIENCE_S)
                 await all_linked([a, b, c])
-                await soon(lambda: load_or_create_keys(a.home / "node.keys", new_keypair).former is None)
+                await until(lambda: load_or_create_keys(a.home / "node.keys", new_keypair).former is None)
                 assert [one.body for one in at_c] == [b"for c"]
                 # The former key opens no door any more, and a newcomer learns the present one.
                 for node in (b, c):
@@ -432,7 +427,7 @@ def test_a_key_is_changed_while_one_member_is_away_and_no_mail_is_lost(tmp_path:
         assert [one.body for one in at_b] == [b"to b"]
         assert {one.sender for one in at_b} == {a.node_id}
 
-    asyncio.run(asyncio.wait_for(main(), 110))
+    run(main())
 
 
 def test_a_node_killed_in_the_middle_of_a_change_goes_on_with_the_new_key(tmp_path: Path) -> None:
@@ -463,7 +458,7 @@ def test_open_invitations_are_void_after_a_change_of_key(tmp_path: Path) -> None
             await a.invite()
             assert await a.rotate_key() == ([], [])
             assert a._owner is not None
-            await soon(lambda: a._owner is not None and not a._owner.pairing._invited)
+            await until(lambda: a._owner is not None and not a._owner.pairing._invited)
 
     run(main())
 
@@ -487,14 +482,14 @@ async def worker(
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "tests.broker_free_worker",
+        "tests.node_worker",
         str(home),
         command,
         *args,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "BROKER_FREE_FAULT": fault, "LISTEN": listen},
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=ROOT,
     )
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -28,30 +26,7 @@ from broker_free.errors import (
     UnsuitableHome,
 )
 from broker_free.limits import Limits
-from broker_free.message import Envelope
-
-T = TypeVar("T")
-
-
-def run(main: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(main, 60))
-
-
-async def until(predicate: Callable[[], object], timeout: float = 10) -> None:
-    async with asyncio.timeout(timeout):
-        while not predicate():
-            await asyncio.sleep(0.005)
-
-
-async def pair(inviting: Node, joining: Node) -> None:
-    await joining.join((await inviting.invite()).encode())
-    await until(lambda: all(peer.link == "open" for node in (inviting, joining) for peer in node.peers()))
-
-
-def collecting(node: Node, pattern: str = "t.>") -> list[Envelope]:
-    arrived: list[Envelope] = []
-    node.effect(pattern, lambda tx, envelope: tx.after_commit(lambda: arrived.append(envelope)))
-    return arrived
+from tests.nodes import PATIENCE_S, Worker, collecting, pair, run, until
 
 
 def test_an_invitation_makes_both_sides_each_others_peers(tmp_path: Path) -> None:
@@ -376,44 +351,10 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
 # -- killed processes -------------------------------------------------------------------------------------------
 
 
-class Worker:
-    """A node in another process; see broker_free_worker."""
-
-    def __init__(self, home: Path, *args: str, **env: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.broker_free_worker", str(home), *args],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **env},
-        )
-        started = self.read()
-        self.node_id, self.endpoint = started["node_id"], started["endpoint"]
-
-    def read(self) -> dict[str, Any]:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        assert line, "the worker has ended"
-        return json.loads(line)  # type: ignore[no-any-return]
-
-    def rest(self) -> list[dict[str, Any]]:
-        assert self.process.stdout
-        return [json.loads(line) for line in self.process.stdout if line.endswith("\n")]
-
-    def kill(self) -> list[dict[str, Any]]:
-        self.process.kill()
-        said = self.rest()
-        self.process.wait()
-        return said
-
-    def stop(self) -> None:
-        self.process.terminate()
-        assert self.process.wait(10) == 0
-
-
 def numbers_at(home: Path) -> list[int]:
     worker = Worker(home, "numbers")
     (said,) = worker.rest()
-    worker.process.wait()
+    worker.wait()
     return list(said["numbers"])
 
 
@@ -423,7 +364,7 @@ def paired(tmp_path: Path) -> tuple[Path, Path, str, str]:
     host = Worker(receiver, "receiver")
     guest = Worker(sender, "join", host.read()["code"])
     assert guest.read() == {"joined": host.node_id}
-    guest.process.wait()
+    guest.wait()
     host.stop()
     return sender, receiver, host.node_id, host.endpoint
 
@@ -468,7 +409,7 @@ def wait_for_number(home: Path, number: int) -> None:
     import sqlite3
     import time
 
-    deadline = time.monotonic() + 45
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         with sqlite3.connect(f"file:{home / 'store.db'}?mode=ro", uri=True) as store:
             if store.execute("SELECT 1 FROM filed WHERE number = ?", (number,)).fetchone():
@@ -483,7 +424,7 @@ def test_a_receiver_killed_around_its_commit_files_each_message_once(tmp_path: P
     sender = Worker(sender_home, "sender", receiver_id, "0", "20")
     published = [sender.read()["published"] for _ in range(20)]
     dying = subprocess.run(
-        [sys.executable, "-m", "tests.broker_free_worker", str(receiver_home), "again"],
+        [sys.executable, "-m", "tests.node_worker", str(receiver_home), "again"],
         env={**os.environ, "LISTEN": endpoint, "BROKER_FREE_FAULT": f"{point}:kill"},
         stdout=subprocess.DEVNULL,
         timeout=30,

@@ -12,7 +12,7 @@ from broker_free import Alarm, Limits, Node
 from broker_free import owner as owners
 from broker_free.errors import Conflict, InvalidInput, TimedOut, UnknownMessage, UnknownPeer
 from broker_free.message import new_id
-from tests.test_node import collecting, pair, run, until
+from tests.nodes import collecting, pair, run, until
 from tests.version1 import Tick1
 
 

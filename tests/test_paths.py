@@ -13,6 +13,7 @@ import pytest
 
 from broker_free.errors import NodeInUse, UnsuitableHome
 from broker_free.filesystem import file_system_of
+from tests.conftest import need_root
 from zmail.paths import DOOR_BYTES_MAX, Home
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,8 +126,8 @@ def test_a_state_folder_open_to_others_is_refused_with_the_command_that_helps(ho
     assert refused.value.hint == f"make it private: chmod 700 {home}"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder away")
 def test_a_state_folder_of_another_user_is_refused(home: Path) -> None:
+    need_root()
     os.chown(home, 12345, 12345)
     with pytest.raises(UnsuitableHome, match="belongs to user 12345"):
         Home.resolve({"ZMAIL_HOME": str(home)}).prepare()

@@ -11,7 +11,8 @@ from peewee import Database
 from broker_free import Tx
 from broker_free.errors import InvalidInput, NotOwner, PairingRefused, TimedOut, TooLarge
 from broker_free.message import id_to_bytes
-from tests.offices import Site, a_script, eventually, homes, pair, site, states, two_sites
+from tests.nodes import until
+from tests.offices import Site, a_script, homes, pair, site, states, two_sites
 from zmail import wire
 from zmail.directory import BUCKET, Place, key_of
 from zmail.errors import (
@@ -34,12 +35,12 @@ def test_a_brief_travels_is_read_and_its_receipts_come_back() -> None:
     async def scenario() -> None:
         async with two_sites() as (one, two):
             alpha, bravo = await one.act_as("alpha"), await two.act_as("bravo")
-            await eventually(lambda: one.knows("bravo"))
+            await until(lambda: one.knows("bravo"))
 
             sent = await one.call(alpha, "send", to=["bravo"], body="# Hello\nworld", title="Greeting")
             assert states(sent) == ["queued"]
             assert sent["recipients"][0]["address"] == "bravo@server2"
-            told = await one.call(alpha, "wait_state", id=sent["id"], state="delivered", timeout_ms=5_000)
+            told = await one.call(alpha, "wait_state", id=sent["id"], state="delivered", timeout_ms=30_000)
             assert states(told) == ["delivered"]
 
             brief = await two.call(bravo, "read", id=sent["id"])
@@ -49,7 +50,7 @@ def test_a_brief_travels_is_read_and_its_receipts_come_back() -> None:
                 "# Hello\nworld",
             )
             assert (brief["state"], brief["thread"], brief["sender_class"]) == ("read", sent["id"], "script")
-            told = await one.call(alpha, "wait_state", id=sent["id"], state="read", timeout_ms=5_000)
+            told = await one.call(alpha, "wait_state", id=sent["id"], state="read", timeout_ms=30_000)
             assert states(told) == ["read"]
 
     asyncio.run(scenario())
@@ -80,13 +81,13 @@ def test_a_reply_goes_to_the_sender_keeps_the_thread_and_settles_what_it_answers
     async def scenario() -> None:
         async with two_sites() as (one, two):
             alpha, bravo = await one.act_as("alpha"), await two.act_as("bravo")
-            await eventually(lambda: one.knows("bravo"))
+            await until(lambda: one.knows("bravo"))
             asked = await one.send(alpha, "bravo", title="Deploy?")
-            await eventually(lambda: _has_unread(two, bravo))
+            await until(lambda: _has_unread(two, bravo))
 
             answered = await two.call(bravo, "reply", id=asked[-6:], body="done")
             assert answered["thread"] == asked
-            await eventually(lambda: _has_unread(one, alpha))
+            await until(lambda: _has_unread(one, alpha))
             (brief,) = (await one.call(alpha, "inbox"))["briefs"]
             assert (brief["title"], brief["thread"], brief["reply_to"]) == ("Re: Deploy?", asked, asked)
             assert brief["from"] == "bravo@server2"
@@ -106,7 +107,7 @@ def test_all_reaches_everybody_on_every_node_but_the_sender() -> None:
         async with two_sites() as (one, two):
             alpha, bravo = await one.act_as("alpha"), await one.act_as("bravo")
             charlie, delta = await two.act_as("charlie"), await two.act_as("delta")
-            await eventually(lambda: one.knows("charlie", "delta"))
+            await until(lambda: one.knows("charlie", "delta"))
 
             sent = await one.call(alpha, "send", to=["all", "bravo"], body="everybody")
             assert sorted(each["address"] for each in sent["recipients"]) == [
@@ -114,7 +115,7 @@ def test_all_reaches_everybody_on_every_node_but_the_sender() -> None:
                 "charlie@server2",
                 "delta@server2",
             ]
-            await one.call(alpha, "wait_state", id=sent["id"], timeout_ms=5_000)
+            await one.call(alpha, "wait_state", id=sent["id"], timeout_ms=30_000)
             for where, who in ((one, bravo), (two, charlie), (two, delta)):
                 assert await where.titles(who) == ["everybody"]
             assert await one.titles(alpha) == []
@@ -136,9 +137,9 @@ def test_mail_for_a_node_that_is_down_leaves_when_it_is_back() -> None:
                 async with site("server2", second) as two:
                     await pair(one, two)
                     await two.act_as("bravo")
-                    await eventually(lambda: one.knows("bravo"))
+                    await until(lambda: one.knows("bravo"))
                 alpha = await one.act_as("alpha")
-                await eventually(lambda: one.node.peers()[0].link == "closed")
+                await until(lambda: one.node.peers()[0].link == "closed")
 
                 for number in range(5):
                     await one.send(alpha, "bravo", body=f"brief {number}")
@@ -189,7 +190,7 @@ def test_the_roster_tells_what_the_mailboxes_say_whatever_stands_in_the_registry
                 assert one.knows("ghost")
             async with site("server1", first) as one, site("server2", second) as two:
                 await pair(one, two)
-                await eventually(lambda: two.knows("alpha", "a..strange-name"))
+                await until(lambda: two.knows("alpha", "a..strange-name"))
                 assert not one.knows("ghost")
                 assert not two.knows("ghost")
                 mine, theirs = one.office.directory(), two.office.directory()
@@ -203,7 +204,7 @@ def test_nobody_writes_a_callsign_of_another_node() -> None:
     async def scenario() -> None:
         async with two_sites() as (one, two):
             await two.act_as("bravo")
-            await eventually(lambda: one.knows("bravo"))
+            await until(lambda: one.knows("bravo"))
             for callsign in ("bravo", "intruder"):
                 key = key_of(Place(callsign, two.node.node_id))
                 with pytest.raises(NotOwner):
@@ -220,15 +221,15 @@ def test_an_ack_that_nobody_was_told_of_is_found_at_the_next_start() -> None:
                 async with site("server1", first) as one:
                     await pair(one, two)
                     await two.act_as("bravo")
-                    await eventually(lambda: one.knows("bravo"))
+                    await until(lambda: one.knows("bravo"))
                     alpha = await one.act_as("alpha")
                     # The node ends between the ack and what follows from it: nobody listens any more.
                     await one.office.close()
                     ident = await one.send(alpha, "bravo")
                     bravo = await two.act_as("bravo")
-                    await eventually(lambda: _has_unread(two, bravo))
+                    await until(lambda: _has_unread(two, bravo))
                     assert await _state(one, alpha, ident) == "queued"
-                    await eventually(lambda: _is_acked(one, ident))
+                    await until(lambda: _is_acked(one, ident))
                 async with site("server1", first) as one:
                     assert await _state(one, await one.act_as("alpha"), ident) == "delivered"
 
@@ -255,7 +256,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_ones_and_nothing_is_sent() 
         async with two_sites() as (one, two):
             alpha, bravo = await one.act_as("alpha"), await one.act_as("bravo")
             await two.act_as("brave")
-            await eventually(lambda: one.knows("brave"))
+            await until(lambda: one.knows("brave"))
 
             with pytest.raises(UnknownAddress) as refused:
                 await one.send(alpha, "bravo", "bravoo")
@@ -273,7 +274,7 @@ def test_one_name_on_two_nodes_is_ambiguous_even_when_one_of_them_is_here() -> N
             alpha = await one.act_as("alpha")
             await one.act_as("bravo")
             there = await two.act_as("bravo")
-            await eventually(lambda: len(one.office.directory().residents) == 3)
+            await until(lambda: len(one.office.directory().residents) == 3)
 
             with pytest.raises(AmbiguousAddress) as refused:
                 await one.send(alpha, "bravo")
@@ -281,7 +282,7 @@ def test_one_name_on_two_nodes_is_ambiguous_even_when_one_of_them_is_here() -> N
             assert "bravo@server2" in str(refused.value.hint)
 
             ident = await one.send(alpha, "bravo@server2")
-            await one.call(alpha, "wait_state", id=ident, timeout_ms=5_000)
+            await one.call(alpha, "wait_state", id=ident, timeout_ms=30_000)
             assert await two.titles(there) == ["a text"]
 
     asyncio.run(scenario())
@@ -293,7 +294,7 @@ def test_a_name_at_a_known_node_is_taken_and_comes_back_dead_if_there_is_none() 
             alpha = await one.act_as("alpha")
             sent = await one.call(alpha, "send", to=["nobody@server2"], body="is there anybody?")
             assert states(sent) == ["queued"]
-            await eventually(lambda: _is_dead(one, alpha, sent["id"]))
+            await until(lambda: _is_dead(one, alpha, sent["id"]))
             assert await _reasons(one, sent["id"]) == ["no-such-callsign"]
             assert states(await one.call(alpha, "wait_state", id=sent["id"])) == ["dead"]
 
@@ -364,9 +365,9 @@ def test_a_file_goes_out_with_its_frontmatter_and_comes_back_as_one() -> None:
     async def scenario() -> None:
         async with two_sites() as (one, two):
             alpha, bravo = await one.act_as("alpha"), await two.act_as("bravo")
-            await eventually(lambda: one.knows("bravo"))
+            await until(lambda: one.knows("bravo"))
             ident = (await one.call(alpha, "send", markdown=text))["id"]
-            await one.call(alpha, "wait_state", id=ident, timeout_ms=5_000)
+            await one.call(alpha, "wait_state", id=ident, timeout_ms=30_000)
 
             brief = await two.call(bravo, "read", id=ident, raw=True)
             assert brief["to"] == ["bravo@server2", "alpha@server1"]
@@ -392,9 +393,9 @@ def test_ids_may_be_shortened_from_the_front_and_say_when_that_is_not_enough() -
     async def scenario() -> None:
         async with two_sites() as (one, two):
             alpha, bravo = await one.act_as("alpha"), await two.act_as("bravo")
-            await eventually(lambda: one.knows("bravo"))
+            await until(lambda: one.knows("bravo"))
             ident = await one.send(alpha, "bravo")
-            await one.call(alpha, "wait_state", id=ident, timeout_ms=5_000)
+            await one.call(alpha, "wait_state", id=ident, timeout_ms=30_000)
 
             assert (await two.call(bravo, "read", id=ident[-6:].upper()))["id"] == ident
             assert (await one.call(alpha, "read", id=ident[-8:]))["state"] == "read"  # its sender, too
@@ -420,7 +421,7 @@ def test_ids_may_be_shortened_from_the_front_and_say_when_that_is_not_enough() -
             await one.node.publish(
                 wire.BRIEF, wire.encode_letter(letter), to=[two.node.node_id], message_id=twin
             )
-            await eventually(lambda: _has_unread(two, bravo))
+            await until(lambda: _has_unread(two, bravo))
             with pytest.raises(AmbiguousId) as refused:
                 await two.call(bravo, "read", id=ident[-6:])
             assert ident in str(refused.value.hint)
@@ -437,11 +438,11 @@ def test_the_inbox_is_newest_first_counts_before_it_cuts_and_filters() -> None:
                 await one.act_as("bravo"),
                 await two.act_as("charlie"),
             )
-            await eventually(lambda: two.knows("alpha", "bravo"))
+            await until(lambda: two.knows("alpha", "bravo"))
             for number in range(25):
                 await one.send(alpha, "bravo", body=f"brief {number}")
             last = await two.send(charlie, "bravo", body="from afar")
-            await two.call(charlie, "wait_state", id=last, timeout_ms=5_000)
+            await two.call(charlie, "wait_state", id=last, timeout_ms=30_000)
 
             listed = await one.call(bravo, "inbox")
             assert (listed["total"], len(listed["briefs"])) == (26, 20)
@@ -483,11 +484,11 @@ def test_a_brief_that_cannot_be_read_comes_back_dead_and_stops_nobody(body: byte
     async def scenario() -> None:
         async with two_sites() as (one, two):
             alpha, bravo = await one.act_as("alpha"), await two.act_as("bravo")
-            await eventually(lambda: one.knows("bravo"))
+            await until(lambda: one.knows("bravo"))
             await one.node.publish(wire.BRIEF, body, to=[two.node.node_id])
             await one.node.publish(wire.RECEIPT, body, to=[two.node.node_id])
             ident = await one.send(alpha, "bravo", body="after it")
-            await one.call(alpha, "wait_state", id=ident, timeout_ms=5_000)
+            await one.call(alpha, "wait_state", id=ident, timeout_ms=30_000)
 
             assert await two.titles(bravo) == ["after it"]
             assert two.office.refused[wire.BRIEF] == 1
@@ -507,9 +508,9 @@ def test_a_node_cannot_speak_for_another_or_about_briefs_it_never_got() -> None:
             )
             # The next message of that node is behind it, so the receipts have been taken in.
             charlie = await two.act_as("charlie")
-            await eventually(lambda: two.knows("alpha"))
+            await until(lambda: two.knows("alpha"))
             await two.send(charlie, "alpha")
-            await eventually(lambda: _has_unread(one, alpha))
+            await until(lambda: _has_unread(one, alpha))
             assert await _state(one, alpha, ident) == "delivered"
 
     asyncio.run(scenario())
@@ -519,16 +520,16 @@ def test_a_lifetime_that_is_over_ends_what_nobody_has_read() -> None:
     async def scenario() -> None:
         async with two_sites() as (one, two):
             alpha, bravo = await one.act_as("alpha"), await two.act_as("bravo")
-            await eventually(lambda: one.knows("bravo"))
+            await until(lambda: one.knows("bravo"))
             short = await one.send(alpha, "bravo", body="soon over", ttl="1s")
             lasting = await one.send(alpha, "bravo", body="stays")
-            await one.call(alpha, "wait_state", id=lasting, timeout_ms=5_000)
+            await one.call(alpha, "wait_state", id=lasting, timeout_ms=30_000)
 
             async def is_over() -> bool:
                 two.office.left("bravo")  # have the house kept now, not in fifteen seconds
                 return await _state(one, alpha, short) == "expired"
 
-            await eventually(is_over)
+            await until(is_over)
             assert await two.titles(bravo) == ["stays"]
             assert sorted(await two.titles(bravo, all=True)) == ["soon over", "stays"]
 
@@ -559,12 +560,12 @@ def test_the_roster_tells_of_every_node_and_of_what_waits_for_you() -> None:
     async def scenario() -> None:
         async with two_sites() as (one, two):
             alpha, bravo = await one.act_as("alpha"), await two.act_as("bravo")
-            await eventually(lambda: one.knows("bravo") and two.knows("alpha"))
+            await until(lambda: one.knows("bravo") and two.knows("alpha"))
             first = await two.send(bravo, "alpha", body="first")
-            await two.call(bravo, "wait_state", id=first, timeout_ms=5_000)
+            await two.call(bravo, "wait_state", id=first, timeout_ms=30_000)
             await one.call(alpha, "read", id=first)
             last = await two.send(bravo, "alpha", body="second")
-            await two.call(bravo, "wait_state", id=last, timeout_ms=5_000)
+            await two.call(bravo, "wait_state", id=last, timeout_ms=30_000)
 
             told = await one.call(alpha, "roster")
             assert [(each["name"], each["state"]) for each in told["nodes"]] == [
@@ -631,7 +632,7 @@ def test_waiting_for_a_state_ends_with_the_time_and_only_for_ones_own_briefs() -
                     await one.call(alpha, "wait_state", id=ident, state="done")
 
                 waiting = asyncio.create_task(
-                    one.call(alpha, "wait_state", id=ident, state="read", timeout_ms=5_000)
+                    one.call(alpha, "wait_state", id=ident, state="read", timeout_ms=30_000)
                 )
                 await one.call(bravo, "mark_read", ids=[ident])
                 assert states(await waiting) == ["read"]

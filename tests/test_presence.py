@@ -13,8 +13,8 @@ from broker_free import Node
 from broker_free.errors import InvalidInput
 from broker_free.limits import Limits
 from broker_free.presence import Action, Changed, Presence, Tell, decode, encode
+from tests.nodes import pair, run, until
 from tests.swim import VirtualMesh, measure
-from tests.test_node import pair, run, until
 
 LIMITS = Limits()
 LARGE = replace(LIMITS, beat_members_max=1)

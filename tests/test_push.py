@@ -12,7 +12,8 @@ import pytest
 from broker_free import faults
 from broker_free.errors import OutboxFull
 from broker_free.limits import Limits
-from tests.offices import Processes, Session, Site, eventually, homes, known, pair, site, states, two_sites
+from tests.nodes import until
+from tests.offices import Processes, Session, Site, homes, known, pair, site, states, two_sites
 from zmail.identity import Caller
 from zmail.push import BURST, REFILL_PER_S, Bucket, Push, Waiting, sender_of
 
@@ -28,19 +29,19 @@ def test_a_brief_from_another_node_is_announced_and_not_read() -> None:
     async def scenario() -> None:
         async with two_sites() as (one, two):
             alpha, bravo = await one.act_as("alpha"), await two.act_as("bravo")
-            await eventually(lambda: one.knows("bravo"))
+            await until(lambda: one.knows("bravo"))
             session = Session()
             two.push.attach("bravo", session)
             ident = await one.send(alpha, "bravo", title="Deploy?")
 
-            await eventually(lambda: session.told)
+            await until(lambda: session.told)
             ((text, sender),) = session.told
             assert sender == "zmail:alpha"
             assert "alpha@server1" in text
             assert "Deploy?" in text
             assert ident in text
 
-            await eventually(lambda: _is(one, alpha, ident, "announced"))
+            await until(lambda: _is(one, alpha, ident, "announced"))
             (listed,) = (await two.call(bravo, "inbox"))["briefs"]
             assert (listed["state"], listed["door"]) == ("announced", "socket")
             assert (await two.call(bravo, "check"))["unread"] == 1
@@ -61,14 +62,14 @@ def test_there_is_no_notice_before_the_commit() -> None:
                 await asyncio.sleep(0)
                 with faults.hold("before-commit") as held:
                     sending = asyncio.create_task(one.send(alpha, "bravo"))
-                    assert await asyncio.to_thread(held.reached.wait, 5)
+                    assert await asyncio.to_thread(held.reached.wait, 30)
                     # Everything of the brief is written, only the commit is missing. Nothing may come now, so there
                     # is no condition to wait for: give whoever would be too early the time to be.
                     await asyncio.sleep(0.3)
                     assert session.entered == 0
                     assert not sending.done()
                     held.release()
-                    await eventually(lambda: session.told)
+                    await until(lambda: session.told)
                     await sending
 
     asyncio.run(scenario())
@@ -89,7 +90,7 @@ def test_a_send_that_fails_for_one_recipient_reaches_and_announces_to_nobody() -
                     await one.send(alpha, "charlie", "bravo@server2", body="lost")
                 await one.send(alpha, "charlie", body="kept")
 
-                await eventually(lambda: session.told)
+                await until(lambda: session.told)
                 assert ["kept" in text for text, _ in session.told] == [True]
                 assert await one.titles(charlie) == ["kept"]
                 assert (await one.call(None, "status"))["store"]["briefs"] == 2
@@ -107,16 +108,16 @@ def test_what_comes_while_a_notice_is_under_way_goes_as_one_more() -> None:
                 session.gate.clear()
                 one.push.attach("bravo", session)
                 first = await one.send(alpha, "bravo")
-                await eventually(lambda: session.entered == 1)
+                await until(lambda: session.entered == 1)
                 burst = [await one.send(who, "bravo") for who in (alpha, charlie, alpha, charlie)]
                 session.gate.set()
 
-                await eventually(lambda: len(session.told) == 2)
+                await until(lambda: len(session.told) == 2)
                 assert first in session.told[0][0]
                 text, sender = session.told[1]
                 assert all(ident in text for ident in burst)
                 assert sender == "zmail"  # of several
-                await eventually(lambda: _all_announced(one, bravo))
+                await until(lambda: _all_announced(one, bravo))
                 assert session.entered == 2
 
     asyncio.run(scenario())
@@ -133,7 +134,7 @@ def test_what_waits_is_announced_when_a_session_attaches_and_only_once(processes
                     await one.send(alpha, "bravo", body=f"brief {number}")
                 session = Session()
                 detach = one.push.attach("bravo", session)
-                await eventually(lambda: _all_announced(one, bravo))
+                await until(lambda: _all_announced(one, bravo))
                 assert len(session.told) == 1
                 detach()
 
@@ -143,7 +144,7 @@ def test_what_waits_is_announced_when_a_session_attaches_and_only_once(processes
                 again = Session()
                 one.push.attach("bravo", again)
                 last = await one.send(await one.act_as("alpha"), "bravo", body="new")
-                await eventually(lambda: again.told)
+                await until(lambda: again.told)
                 assert last in again.told[0][0]
                 assert "brief 0" not in again.told[0][0]
 
@@ -159,7 +160,7 @@ def test_the_next_holder_is_told_of_what_the_last_one_left_unread(processes: Pro
                 first = Session()
                 detach = one.push.attach("bravo", first)
                 ident = await one.send(alpha, "bravo")
-                await eventually(lambda: first.told)
+                await until(lambda: first.told)
                 detach()
                 process.kill()
                 process.wait()
@@ -167,7 +168,7 @@ def test_the_next_holder_is_told_of_what_the_last_one_left_unread(processes: Pro
                 bravo = known(await one.office.enter(processes.session(), {"callsign": "bravo"}))
                 second = Session()
                 one.push.attach("bravo", second)
-                await eventually(lambda: second.told)
+                await until(lambda: second.told)
                 assert ident in second.told[0][0]
                 (listed,) = (await one.call(bravo, "inbox"))["briefs"]
                 assert listed["state"] == "announced"
@@ -183,16 +184,16 @@ def test_a_notice_that_fails_leaves_the_brief_as_it_is_and_the_next_one_tells_of
                 broken = Session(works=False)
                 detach = one.push.attach("bravo", broken)
                 first = await one.send(alpha, "bravo")
-                await eventually(lambda: broken.entered)
+                await until(lambda: broken.entered)
                 assert await _states(one, bravo) == ["delivered"]
 
                 tries = broken.entered
                 second = await one.send(alpha, "bravo")
-                await eventually(lambda: broken.entered > tries)
+                await until(lambda: broken.entered > tries)
                 detach()
                 session = Session()
                 one.push.attach("bravo", session)
-                await eventually(lambda: session.told)
+                await until(lambda: session.told)
                 assert first in session.told[0][0]
                 assert second in session.told[0][0]
 
@@ -208,9 +209,9 @@ def test_a_session_whose_inbox_opens_late_is_told_without_anything_else_happenin
                 session = Session(works=False)
                 one.push.attach("bravo", session)
                 ident = await one.send(alpha, "bravo")
-                await eventually(lambda: session.entered)
+                await until(lambda: session.entered)
                 session.works = True
-                await eventually(lambda: session.told)
+                await until(lambda: session.told)
                 assert ident in session.told[0][0]
 
     asyncio.run(scenario())
@@ -226,11 +227,11 @@ def test_of_several_sessions_the_newest_is_told() -> None:
                 one.push.attach("bravo", older)
                 detach = one.push.attach("bravo", newer)
                 await one.send(alpha, "bravo")
-                await eventually(lambda: newer.told)
+                await until(lambda: newer.told)
                 assert older.entered == 0
                 detach()
                 await one.send(alpha, "bravo")
-                await eventually(lambda: older.told)
+                await until(lambda: older.told)
                 assert one.push.door_of("bravo") == "socket"
 
     asyncio.run(scenario())
@@ -245,12 +246,12 @@ def test_a_brief_read_before_its_notice_is_not_announced_any_more() -> None:
                 session.gate.clear()
                 one.push.attach("bravo", session)
                 first, second = await one.send(alpha, "bravo"), ""
-                await eventually(lambda: session.entered == 1)
+                await until(lambda: session.entered == 1)
                 second = await one.send(alpha, "bravo")
                 await one.call(bravo, "mark_read", ids=[first, second])
                 third = await one.send(alpha, "bravo")
                 session.gate.set()
-                await eventually(lambda: len(session.told) == 2)
+                await until(lambda: len(session.told) == 2)
                 assert second not in session.told[1][0]
                 assert third in session.told[1][0]
                 # The first was read while its notice was under way: announced never follows read.
@@ -303,7 +304,7 @@ def test_beyond_the_burst_notices_wait_and_are_joined() -> None:
         for number in range(BURST):
             desk.briefs.append(_waiting(number))
             push.arrived("bravo")
-            await eventually(lambda: not desk.briefs)
+            await until(lambda: not desk.briefs)
         assert len(session.told) == BURST
         for number in range(5):
             desk.briefs.append(_waiting(BURST + number))

@@ -10,7 +10,7 @@ import pytest
 from broker_free import Limits, Node
 from broker_free.errors import NotOwner
 from broker_free.registry import Entry
-from tests.test_node import pair, run, until
+from tests.nodes import pair, run, until
 
 NOWHERE = "127.0.0.1:9"  # where nobody listens: such a node can only dial out
 LIMITS = Limits(redial_ms_max=500, registry_sync_ms=1_000)
@@ -58,7 +58,7 @@ def test_two_nodes_without_a_link_converge_through_a_third_that_comes_and_goes(t
             async with node("b", tmp_path, listen=at) as b:
                 changes = b.registry("team").watch("lead")
                 assert (await anext(changes)).value == {"name": "a"}
-                await until(lambda: are_alike(a, b, c), timeout=30)
+                await until(lambda: are_alike(a, b, c), timeout_s=30)
                 assert (await anext(changes)).value in ({"name": "a again"}, {"name": "c"})
                 assert not are_linked(a, c)
                 assert a.registry("team").get("lead") == {"name": "c"}  # written last
@@ -100,7 +100,7 @@ def test_a_registry_of_ten_thousand_reaches_a_new_member_while_mail_goes_on(tmp_
             await b.join((await a.invite()).encode())
             while len(b.registry("big").keys()) < 10_000:
                 receipt = await a.publish("mail.x", b"brief", to=[b.node_id])
-                await receipt.delivered(timeout=10)
+                await receipt.delivered(timeout=30)
                 arrived.append(receipt.id)
             assert len(arrived) > 3
             await until(lambda: a.registry("big").entries() == b.registry("big").entries())

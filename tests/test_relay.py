@@ -299,7 +299,7 @@ class Relay:
 
     def end(self) -> tuple[int, bytes, bytes]:
         """Close stdin; return the exit status and what was left on stdout and stderr."""
-        out, err = self.process.communicate(timeout=10)
+        out, err = self.process.communicate(timeout=40)
         return self.process.returncode, out, err
 
 

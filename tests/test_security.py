@@ -25,6 +25,7 @@ from broker_free.security import (
     z85_of,
 )
 from broker_free.transport import new_keypair, public_of
+from tests.conftest import need_root
 
 KEYS = KeyPair(public=z85_of(bytes(range(32))), secret=z85_of(bytes(range(100, 132))))
 INVITATION = Invitation(
@@ -147,8 +148,8 @@ def test_a_folder_that_others_may_enter_is_refused_before_a_key_is_made(tmp_path
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away takes root")
 def test_a_key_file_of_another_user_is_refused(kept: Path) -> None:
+    need_root()
     os.chown(kept, 12_345, -1)
     with pytest.raises(UnsuitableHome, match="12345"):
         load_or_create_keys(kept, unwanted)

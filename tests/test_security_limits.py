@@ -16,8 +16,9 @@ from broker_free.errors import InvalidInput, UnsuitableHome
 from broker_free.frames import decode
 from broker_free.limits import Limits
 from broker_free.transport import Resolver
-from tests.test_mesh import PATIENCE_S, all_linked, join, mesh, soon
-from tests.test_node import run
+from tests.conftest import need_root
+from tests.nodes import PATIENCE_S, run, until
+from tests.test_mesh import all_linked, join, mesh
 
 
 def test_json_that_is_too_deep_or_too_long_is_no_frame() -> None:
@@ -36,7 +37,7 @@ def test_one_session_more_than_allowed_is_refused_and_counted(tmp_path: Path) ->
             Node("c", home=tmp_path / "c") as c,
         ):
             await join(a, b)
-            await soon(lambda: [peer.link for peer in a.peers()] == ["open"])
+            await until(lambda: [peer.link for peer in a.peers()] == ["open"])
             await join(a, c)
             async with asyncio.timeout(PATIENCE_S):
                 while not (await a.refused()).get("too-many-sessions"):
@@ -97,8 +98,8 @@ def test_a_link_in_place_of_the_store_is_refused(kept: Path, tmp_path: Path) -> 
         start(kept)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 def test_a_store_of_another_user_is_refused(kept: Path) -> None:
+    need_root()
     os.chown(kept / "store.db", 12_345, -1)
     with pytest.raises(UnsuitableHome, match="12345"):
         start(kept)
@@ -123,7 +124,7 @@ def test_mail_flows_while_a_peers_host_name_is_never_answered(tmp_path: Path) ->
                 owner = a._owner
                 assert owner is not None
                 owner._transport._resolver._look_up = look_up
-            await soon(asked.is_set)
+            await until(asked.is_set)
             for _ in range(20):
                 receipt = await a.publish("t.x", b"", to=[b.node_id])
                 await receipt.delivered(PATIENCE_S)

@@ -18,7 +18,7 @@ from broker_free import Node, Tx, faults, frames
 from broker_free.errors import LeaseLost, NodeClosed, StoreFailed, TransactionMisused
 from broker_free.message import Envelope
 from broker_free.subscription import Job, Subscription
-from tests.test_node import collecting, pair, run, until
+from tests.nodes import collecting, pair, run, until
 
 
 class Posting(pw.Model):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import require_fault
+from tests.conftest import cannot
 from tests.faults import netns, scenarios
 from tests.faults.scenarios import side_by_side
 
@@ -17,7 +17,8 @@ SOAK = [1, pytest.param(10, marks=[pytest.mark.soak, pytest.mark.timeout(1_800)]
 
 @pytest.fixture
 def namespaces() -> None:
-    require_fault(netns.can_be_made(), "network namespaces need root and iproute2 on Linux")
+    if not netns.can_be_made():
+        cannot("network namespaces need root and iproute2 on Linux")
 
 
 @pytest.mark.parametrize("times", SOAK)

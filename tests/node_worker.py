@@ -1,6 +1,6 @@
-"""A node in a process of its own that serves a blob, or fetches one, to be killed on the way.
+"""A node in a process of its own, to be killed while it publishes, files what arrives, serves or fetches a blob.
 
-python -m tests.blob_worker HOME COMMAND …      one JSON object a line on stdout
+python -m tests.node_worker HOME COMMAND …      one JSON object a line on stdout
 """
 
 from __future__ import annotations
@@ -13,19 +13,33 @@ import sys
 from pathlib import Path
 from random import Random
 
-from broker_free import Node
+import peewee as pw
+
+from broker_free import Node, Tx
 from broker_free.carrier import Carrier
+from broker_free.faults import arm_from
 from broker_free.frames import CHUNK_GET, Frame
+from broker_free.message import Envelope
 
 asked: list[int] = []  # indexes of the chunks that a peer has asked this node for
 
 
-def content(seed: int, size: int) -> bytes:
-    return Random(seed).randbytes(size)
+class Filed(pw.Model):
+    """What the effect of a receiver writes: one row a message, in the order of arrival."""
+
+    number = pw.IntegerField()
 
 
 def say(**fields: object) -> None:
     print(json.dumps(fields), flush=True)
+
+
+def file_it(tx: Tx, envelope: Envelope) -> None:
+    Filed.create(number=int(envelope.body))
+
+
+def content(seed: int, size: int) -> bytes:
+    return Random(seed).randbytes(size)
 
 
 def note_requests() -> None:
@@ -40,20 +54,40 @@ def note_requests() -> None:
     Carrier.on_frame = noting  # type: ignore[method-assign]
 
 
+async def publish_numbers(node: Node, peer: str, first: int, count: int) -> None:
+    """Say a number once its publish has returned: from then on it must arrive, whatever is killed."""
+    for number in range(first, first + count):
+        await node.publish("number", str(number).encode(), to=[peer])
+        say(published=number)
+
+
 async def main(home: str, command: str, *args: str) -> None:
-    note_requests()
-    node = Node(command, home=Path(home), listen=os.environ.get("LISTEN", "tcp://127.0.0.1:0"))
+    arm_from(os.environ)
+    node = Node(
+        command, home=Path(home), listen=os.environ.get("LISTEN", "tcp://127.0.0.1:0"), models=[Filed]
+    )
+    node.effect("number", file_it)
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     async with node:
         say(node_id=node.node_id, endpoint=node.endpoints[0])
         match command, args:
-            case "invite", ():
+            case "receiver", ():
                 say(code=(await node.invite()).encode())
                 await stopped.wait()
+            case "again", ():
+                await stopped.wait()
+            case "rotate", ():
+                say(code=(await node.invite()).encode())
+                await asyncio.to_thread(sys.stdin.readline)
+                await node.rotate_key()
             case "join", (code,):
                 say(joined=(await node.join(code)).node_id)
+            case "sender", (peer, first, count):
+                await publish_numbers(node, peer, int(first), int(count))
+                await stopped.wait()
             case "serve", (peer, seed, size):
+                note_requests()
                 blob = await node.put_blob(content(int(seed), int(size)))
                 await node.publish("take.it", b"", to=[peer], blobs=[blob.id])
                 say(blob=blob.id)
@@ -64,6 +98,12 @@ async def main(home: str, command: str, *args: str) -> None:
                     blob_id, peer=peer, on_progress=lambda here, size: say(here=here, size=size)
                 )
                 say(path=str(path))
+            case "numbers", ():
+                say(
+                    numbers=await node.read(
+                        lambda _: [row.number for row in Filed.select().order_by(Filed.id)]
+                    )
+                )
 
 
 if __name__ == "__main__":
