@@ -112,7 +112,7 @@ ROWS: Final = (
     Row(
         key="F9",
         fault="disk full, then freed",
-        means="4 MiB tmpfs, RLIMIT_FSIZE",
+        means="8 MiB tmpfs, RLIMIT_FSIZE",
         checks="typed error, recovery",
         wanted="10",
         pytest=("tests/test_disk.py",),
@@ -307,7 +307,7 @@ def table(kept: dict[str, Any]) -> str:
         "# Faults, as last measured",
         "",
         "Written by `python -m tests.faults matrix --write` and `python -m tests.faults soak --write`; do not edit.",
-        "The numbers of faults and invariants are those of the protocol's list; `oracle.py` explains I1 to I10.",
+        "The number of a fault stays when others come or go; `oracle.py` explains I1 to I10.",
         "",
         "| # | fault | means | checks | wanted | made | result | duration | measured |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
