@@ -60,7 +60,7 @@ def test_both_sides_of_a_pairing_hear_each_others_beats(tmp_path: Path) -> None:
                 )
             await pair(a, b)
             for event in heard.values():
-                await asyncio.wait_for(event.wait(), 10)
+                await asyncio.wait_for(event.wait(), PATIENCE_S)
 
     run(main())
 
@@ -137,7 +137,7 @@ def test_delivered_means_on_disk_at_the_peer_and_not_before(tmp_path: Path) -> N
                 assert len(arrived) == 1
                 held.release()
                 receipt = await sending
-            await receipt.delivered(5)
+            await receipt.delivered(30)
             await until(lambda: len(arrived) == 2)  # told right after the ack has left
             assert [(e.subject, e.body, e.sender) for e in arrived[1:]] == [("t.second", b"body", a.node_id)]
 
@@ -178,7 +178,7 @@ def test_a_publish_without_recipients_goes_to_whoever_is_interested_offline_memb
                 await pair(a, c)
                 await until(lambda: len(a._owner._tick.interests) == 2)  # type: ignore[union-attr]
                 receipt = await a.publish("orders.created", b"1")
-                await receipt.delivered(5)
+                await receipt.delivered(30)
                 await until(lambda: at_b)
                 assert receipt.recipients == (b.node_id,)
             offline = await a.publish("invoices.sent.eu", b"2")

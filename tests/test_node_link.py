@@ -43,7 +43,7 @@ def test_two_nodes_on_copies_of_one_home_raise_an_alarm_everywhere_and_mail_goes
             at_one, at_two = alarms_of(one), alarms_of(two)
             async with one, two:
                 assert one.node_id == two.node_id
-                await until(lambda: at_hub and at_one and at_two, 20)
+                await until(lambda: at_hub and at_one and at_two)
                 assert {alarm.kind for alarm in (*at_hub, *at_one, *at_two)} == {"clone"}
                 assert (await hub.alarms())["clone"] >= 1
                 await until(lambda: [n for n in (one, two) if n.peers()[0].link == "open"])
@@ -71,7 +71,7 @@ def test_an_id_used_again_for_other_content_is_dead_at_the_sender_and_an_alarm_a
             async with Node("a", home=tmp_path / "a") as a:
                 await pair(a, b)
                 receipt = await a.publish("t.x", b"one", to=[b.node_id], message_id=message_id)
-                await receipt.delivered(10)
+                await receipt.delivered(30)
                 with pytest.raises(Conflict, match="used before"):
                     await a.publish("t.x", b"another", to=[b.node_id], message_id=message_id)
             async with Node("a", home=tmp_path / "a") as a:
@@ -82,7 +82,7 @@ def test_an_id_used_again_for_other_content_is_dead_at_the_sender_and_an_alarm_a
                 await a.transact(lambda tx: a._owner._store._conn.execute("DELETE FROM outbox"))  # type: ignore[union-attr]  # it runs
                 receipt = await a.publish("t.x", b"another", to=[b.node_id], message_id=message_id)
                 with pytest.raises(InvalidInput, match="conflict"):
-                    await receipt.delivered(10)
+                    await receipt.delivered(30)
                 await until(lambda: at_a and at_b and dead)
                 assert ([one.kind for one in at_a], [one.kind for one in at_b]) == (
                     ["conflict"],
@@ -109,9 +109,9 @@ def test_a_message_larger_than_the_peer_takes_is_refused_with_the_reason_and_the
             sizes = [*[1_500] * 50, 200_000, *[1_500] * 50]
             receipts = [await a.publish("t.x", b"x" * size, to=[b.node_id]) for size in sizes]
             with pytest.raises(InvalidInput, match="too-large: a body of 200000 bytes; the peer takes 2000"):
-                await receipts[50].delivered(10)
+                await receipts[50].delivered(30)
             for receipt in (*receipts[:50], *receipts[51:]):
-                await receipt.delivered(10)
+                await receipt.delivered(30)
             await until(lambda: len(arrived) == 100)
             assert "closed" not in lost, "no session was lost by it"
 
@@ -295,7 +295,7 @@ def test_a_jump_of_utc_changes_no_lifetime(tmp_path: Path, monkeypatch: pytest.M
         a, b = Node("a", home=tmp_path / "a"), Node("b", home=tmp_path / "b", listen=listen)
         arrived = collecting(b)
         async with a, b:
-            await until(lambda: arrived, 20)
+            await until(lambda: arrived)
             (envelope,) = arrived
             assert envelope.ttl_ms is not None
             assert 0 < envelope.ttl_ms <= 60_000
@@ -319,7 +319,7 @@ def test_a_message_is_withdrawn_from_whoever_does_not_hold_it_and_never_half(tmp
             states = (await a.cancel(both.id, timeout=0.2)).states
             assert states == {b.node_id: "delivered", offline: "cancelled"}
             with pytest.raises(InvalidInput, match="cancelled"):
-                await both.delivered(5)
+                await both.delivered(30)
             assert dead == [(both.id, offline, "cancelled")]
             with pytest.raises(UnknownMessage):
                 await a.cancel(new_id(0))
@@ -333,9 +333,9 @@ def test_a_message_is_withdrawn_from_whoever_does_not_hold_it_and_never_half(tmp
         c = Node("c", home=tmp_path / "c", listen=listen)
         at_c = collecting(c)
         async with again, c:
-            await until(lambda: (own_id, offline, "cancelled") in dead, 20)
+            await until(lambda: (own_id, offline, "cancelled") in dead)
             last = await again.publish("t.x", b"last", to=[offline])
-            await last.delivered(10)
+            await last.delivered(30)
             await until(lambda: at_c)
             assert [envelope.body for envelope in at_c] == [b"last"]
             assert (await again.cancel(last.id)).held == (offline,)
@@ -385,14 +385,14 @@ def test_a_receipt_tells_that_a_consumer_is_done_also_after_both_were_started_ag
                 await job.ack()
                 await first.done(10)
                 listen = a.endpoints[0]
-                await second.delivered(10)
+                await second.delivered(30)
             async with b.subscribe("work.*", durable="w") as jobs:
                 await (await anext(jobs)).ack()  # its sender is away
         told: list[tuple[str, str, str]] = []
         a, b = Node("a", home=tmp_path / "a", listen=listen), Node("b", home=tmp_path / "b")
         a.on_receipt(told.extend)
         async with a, b:
-            await until(lambda: told, 20)
+            await until(lambda: told)
             assert told == [(second.id, b.node_id, "done")]
 
     run(main())

@@ -294,7 +294,7 @@ def test_a_large_mesh_dials_only_whom_it_has_something_to_say_to_and_ends_idle_s
         ):
             await pair(a, b)
             for _ in range(3):
-                await until(lambda: a.peers()[0].link == "closed" and b.peers()[0].link == "closed", 20)
+                await until(lambda: a.peers()[0].link == "closed" and b.peers()[0].link == "closed")
                 receipt = await a.publish("t.x", b"over a new session", to=[b.node_id])
                 await receipt.delivered(timeout=20)
 

@@ -70,7 +70,9 @@ def test_a_sync_that_fails_stops_the_node_and_loses_nothing_it_said_was_done(
 
 
 def test_a_slow_disk_is_slow_and_nothing_else(shim: Path, tmp_path: Path) -> None:
-    for result in run_cases(shim, tmp_path, "slow:50", "slow:500"):
+    results = run_cases(shim, tmp_path, "slow:50", "slow:500")
+    assert len(results) == 2
+    for result in results:
         assert result["arrived"] == list(range(12))
         assert result["states"] in ([], ["alive"]), "heartbeats go on beside a sync of half a second"
         assert result["health"] == "ok"
