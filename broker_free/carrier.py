@@ -354,7 +354,9 @@ class Carrier:
         while self._ready and room > 0:
             wanted, piece = self._ready.popleft()
             serving = self._serving.get(wanted.peer)
-            if serving is None or self._sessions.session(wanted.peer) != wanted.session != serving.session:
+            if serving is None or not (
+                self._sessions.session(wanted.peer) == wanted.session == serving.session
+            ):
                 continue
             token = serving.sent(len(piece))
             self._sessions.tell(

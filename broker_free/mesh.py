@@ -138,6 +138,10 @@ class Mesh:
         node_id = self._by_key.get(public_key)
         return None if node_id is None or node_id in self._blocked_until_ms else node_id
 
+    def holder_of(self, public_key: bytes) -> str | None:
+        """Return whose key this is, of the members and this node. No other may claim it: it would lock them out."""
+        return self.me if public_key == self.keys.current.public else self._by_key.get(public_key)
+
     def dial(self, peer: str) -> int | None:
         """Start a connection to a member, at its next endpoint. None when there is none to try."""
         member = self.members[peer]
@@ -255,6 +259,9 @@ class Mesh:
             member = replace(
                 member, name=here.name, endpoints=here.endpoints, beat_endpoint=here.beat_endpoint
             )
+        if self.holder_of(member.public_key) not in (None, member.node_id):
+            self._host.refusals.add("key-conflict", mono_ms(), peer=member.node_id)
+            return
         self._let_in(member)
         if bound is None:
             self._host.transact(self._save, member)
@@ -341,7 +348,7 @@ class Mesh:
     def _on_key(self, conn: int, peer: str, frame: Frame) -> None:
         """Bind a peer to the key it names. The connection has proven the one it had."""
         keys = keys_from(frame.meta, node_id=peer)
-        if keys is None or self._by_key.get(keys[0], peer) != peer:
+        if keys is None or self.holder_of(keys[0]) not in (None, peer):
             self._host.refusals.add("key-malformed", mono_ms(), peer=peer)
             return
         now = replace(self.members[peer], public_key=keys[0], first_key=keys[1])

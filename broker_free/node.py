@@ -642,7 +642,11 @@ class Node:
             await self._room.wait()
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._futures[work] = future
-        owner.submit(work)
+        try:
+            owner.submit(work)
+        except NodeClosed:
+            del self._futures[work]
+            raise
         return await future  # a caller that is cancelled leaves; the work is done all the same
 
     def take(self, outcome: Outcome) -> None:
@@ -740,6 +744,7 @@ class Node:
             fail(future, error)
             future.exception()  # a caller that was cancelled has nobody left to hear it
         self._futures.clear()
+        self._room.set()  # whoever waited for it is told by what it asks next
         for waiter in self._waiters:
             fail(waiter.future, error)
         for receipt in (*self._receipts.values(), *self._undone.values()):

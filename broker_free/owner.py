@@ -138,7 +138,7 @@ class Owner:
         self._thread = threading.Thread(target=self._main, name="bf-owner", daemon=True)
         self._started: asyncio.Future[None] = loop.create_future()
         self._stopped = asyncio.Event()
-        self._has_ended = False
+        self._has_ended = self._has_failed = False
         self._lock_fd = -1
         self._store: Store
         self._transport: Transport
@@ -376,13 +376,17 @@ class Owner:
             self._loop_until_stopped()
         except BaseException as error:  # the last that can say why
             log.exception("the node has failed")
-            self._has_ended = True  # before that is told: nobody queues after everybody was answered
+            self._has_failed = self._has_ended = (
+                True  # before that is told: nobody queues after all were answered
+            )
             self.tell(self._node.died, error)
         finally:
             self._has_ended = True
             self._refuse_questions()
-            self._release()
-            self.tell(self._stopped.set)
+            try:
+                self._release()
+            finally:
+                self.tell(self._stopped.set)
 
     def _refuse_questions(self) -> None:
         for one in list(self._queue):
@@ -481,17 +485,17 @@ class Owner:
         self.tell_views()
 
     def _release(self) -> None:
-        if (carrier := getattr(self, "carrier", None)) is not None:
-            carrier.close()
-        if (transport := getattr(self, "_transport", None)) is not None:
-            transport.close_all()
-        if (store := getattr(self, "_store", None)) is not None:
-            if self._broken is None:
-                store.close()
-            else:
-                store.abandon()
-        if self._lock_fd >= 0:
-            unlock(self._lock_fd)
+        with contextlib.ExitStack() as last_first:  # each is done, whatever becomes of the others
+            if self._lock_fd >= 0:
+                last_first.callback(unlock, self._lock_fd)
+            if (store := getattr(self, "_store", None)) is not None:
+                # After an error a transaction may be open, and memory of it is not to be trusted.
+                is_sound = self._broken is None and not self._has_failed
+                last_first.callback(store.close if is_sound else store.abandon)
+            if (transport := getattr(self, "_transport", None)) is not None:
+                last_first.callback(transport.close_all)
+            if (carrier := getattr(self, "carrier", None)) is not None:
+                last_first.callback(carrier.close)
 
     def _loop_until_stopped(self) -> None:
         timeout_ms = 0
@@ -527,7 +531,10 @@ class Owner:
         try:
             outcome = self._tick.run(work)
         except StoreFailed as error:
-            self.tell(self._node.take, Outcome(failures=[(one, error) for one in work]))
+            told = self._tick.take_outcome()  # what is on disk all the same
+            settled = {one for one, _ in [*told.results, *told.failures]}
+            told.failures += [(one, error) for one in work if one not in settled]
+            self._follow(told)
             raise
         took_ms = mono_ms() - now_ms
         if took_ms >= self._limits.slow_store_ms:

@@ -346,6 +346,9 @@ class Pairing:
         if known is not None and known.public_key != member.public_key:
             self._refuse(conn, "this node is a member under another key; remove it first", "join-conflict")
             return
+        if self._mesh.holder_of(member.public_key) not in (None, member.node_id):
+            self._refuse(conn, "this key belongs to another node", "join-conflict")
+            return
         if self._invited.get(one_time_key, 0) <= utc_ms():
             self._refuse(conn, "this invitation has been used or is over", "join-used")
             return

@@ -88,6 +88,7 @@ class Subscription:
         self.number = number  # among the subscriptions of this node
         self._consumer = 0
         self._fetched: deque[Job] = deque()
+        self._fetching: asyncio.Task[list[tuple[Envelope, int, Lease]]] | None = None
         self._wake = asyncio.Event()
 
     async def __aenter__(self) -> Subscription:
@@ -95,6 +96,8 @@ class Subscription:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._fetching is not None:
+            self._fetching.cancel()
         self._fetched.clear()
         self.node.close_consumer(self)
 
@@ -117,5 +120,13 @@ class Subscription:
         self._wake.set()
 
     async def _fetch(self) -> None:
-        for envelope, attempts, lease in await self.node.fetch_jobs(self._consumer, self.number):
-            self._fetched.append(Job(self, envelope, attempts, lease))
+        """Have free jobs reserved. A caller that is cancelled meanwhile leaves them to the next call."""
+        if self._fetching is None:
+            self._fetching = asyncio.ensure_future(self.node.fetch_jobs(self._consumer, self.number))
+            self._fetching.add_done_callback(self._take)
+        await asyncio.shield(self._fetching)
+
+    def _take(self, fetching: asyncio.Task[list[tuple[Envelope, int, Lease]]]) -> None:
+        self._fetching = None
+        if not fetching.cancelled() and fetching.exception() is None:
+            self._fetched.extend(Job(self, *found) for found in fetching.result())

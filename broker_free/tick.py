@@ -770,6 +770,10 @@ class Tick:
             self._talk_due_ms = self._sync.next_wake_ms(self._now_ms)
         if self._stirred:
             self._follow_up()
+        return self.take_outcome()
+
+    def take_outcome(self) -> Outcome:
+        """Return what there is to tell. `run` does; after one that raised, what it had done until then."""
         outcome, self._outcome = self._outcome, Outcome()
         return outcome
 
@@ -878,15 +882,17 @@ class Tick:
         self._marks.clear()
         self._marks_last.clear()
         self._marks_due_ms = None
-        self._acknowledge(inputs)
-        self._answer_asked(inputs)
-        self._exchange_receipts(inputs)
-        to_revoke, self._to_revoke = self._to_revoke, set()
-        for peer in sorted(to_revoke):
-            self._ask_back(peer)
-        outcome.entries = self._spread(outcome.entries, inputs)
-        outcome.regressed += inputs.regressed
-        self._outcome.extend(outcome)
+        try:
+            self._acknowledge(inputs)
+            self._answer_asked(inputs)
+            self._exchange_receipts(inputs)
+            to_revoke, self._to_revoke = self._to_revoke, set()
+            for peer in sorted(to_revoke):
+                self._ask_back(peer)
+        finally:  # some of that reads the store, which may fail; what is on disk is told all the same
+            outcome.entries = self._spread(outcome.entries, inputs)
+            outcome.regressed += inputs.regressed
+            self._outcome.extend(outcome)
 
     def _rolled_back(self) -> StoreFailed | None:
         """Undo the transaction; return why that failed, if it did."""

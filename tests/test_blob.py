@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from broker_free.blob import (
     Wanted,
     digest_of,
 )
+from broker_free.carrier import Carrier
 from broker_free.errors import (
     BlobDamaged,
     BlobFailed,
@@ -777,3 +779,26 @@ def test_the_store_knows_who_may_fetch_after_a_restart(tmp_path: Path) -> None:
                 assert (await b.fetch_blob(blob_id, peer=a.node_id)).read_bytes() == b"content"
 
     run(main())
+
+
+def test_a_piece_that_was_read_for_a_session_that_is_over_does_not_leave_in_the_next() -> None:
+    told: list[int] = []
+    sessions = SimpleNamespace(
+        session=lambda peer: 2, tell=lambda peer, kind, **said: told.append(said["seq"])
+    )
+    nothing: Any = None
+    carrier = Carrier(
+        files=nothing,
+        sessions=sessions,  # type: ignore[arg-type]  # what sending uses
+        rows=nothing,
+        wake=nothing,
+        loop=nothing,
+        limits=Limits(),
+        random=random.Random(1),
+    )
+    carrier._serving[PEER] = Serving(
+        1, Limits(), random.Random(1)
+    )  # it has asked for nothing in session 2 yet
+    carrier._ready.append((Wanted(PEER, 1, 7, "0" * 64, Piece("root"), False), b"root"))
+    carrier._send_slice()
+    assert told == []

@@ -238,6 +238,29 @@ def test_tries_with_one_code_are_bounded_and_counted(tmp_path: Path) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("whose", ["a member's", "the inviter's"])
+def test_nobody_joins_under_the_key_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    async def main() -> None:
+        async with mesh(tmp_path, "a", "b") as (a, b), Node("m", home=tmp_path / "m") as m:
+            assert a._owner is not None
+            assert b._owner is not None
+            assert m._owner is not None
+            of_b, of_m = b._owner.mesh.keys.public.decode(), m._owner.mesh.keys.public.decode()
+            stolen = of_b if whose == "a member's" else a._owner.mesh.keys.public.decode()
+            code = (await a.invite()).encode()
+            monkeypatch.setattr(
+                "broker_free.pairing.keys_of", lambda member: {"key": stolen, "first_key": of_m}
+            )
+            with pytest.raises(PairingRefused, match="belongs to another"):
+                await m.join(code)
+            assert a._owner.mesh.admit(of_b.encode()) == b.node_id
+            assert names(a) == {"b"}
+
+    run(main())
+
+
 # -- removal --------------------------------------------------------------------------------------------------
 
 

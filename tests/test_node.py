@@ -21,6 +21,7 @@ from broker_free.errors import (
     NodeClosed,
     NodeInUse,
     PairingRefused,
+    StoreBroken,
     TimedOut,
     UnknownPeer,
     UnsuitableHome,
@@ -495,5 +496,65 @@ def test_an_effect_beside_a_durable_consumer_leaves_the_job_to_it(tmp_path: Path
             await job.ack()
             rows = await a.read(lambda db: db.execute_sql(state, (job.envelope.row,)).fetchall())
             assert rows == [(2,)]
+
+    run(main())
+
+
+def test_a_consumer_that_is_cancelled_while_it_asks_for_jobs_loses_none(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with (
+            Node("a", home=tmp_path / "a") as a,
+            a.subscribe("t.>", durable="d") as jobs,
+        ):
+            await a.publish("t.x", b"one", to=[a.node_id])
+            asking = asyncio.ensure_future(anext(jobs))
+            await asyncio.sleep(0)  # it has asked, and the answer cannot be here yet
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+            async with asyncio.timeout(10):
+                assert (await anext(jobs)).body == b"one"
+
+    run(main())
+
+
+def test_whoever_waits_for_room_hears_that_the_node_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(tx: Tx) -> None:
+        raise SystemExit
+
+    async def main() -> None:
+        monkeypatch.setattr("broker_free.node._WORK_MAX", 1)
+        async with Node("a", home=tmp_path / "a") as a:
+            ending = asyncio.ensure_future(a.transact(end))
+            waiting = asyncio.ensure_future(a.publish("t.x", b"", to=[a.node_id]))
+            await asyncio.sleep(0)
+            with pytest.raises(NodeClosed):
+                await ending
+            async with asyncio.timeout(10):
+                with pytest.raises(NodeClosed):
+                    await waiting
+
+    run(main())
+
+
+def test_what_is_on_disk_is_no_failure_though_the_store_fails_right_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise StoreBroken("no more")
+
+    async def main() -> None:
+        b = Node("b", home=tmp_path / "b")
+        arrived = collecting(b)
+        async with b:
+            async with Node("a", home=tmp_path / "a") as a:
+                await pair(a, b)
+                monkeypatch.setattr(a._running()._store, "queued_after", fail)
+                await a.transact(lambda tx: tx.publish("t.x", b"kept", to=[b.node_id]))
+                await until(lambda: a.health.state == "failed")
+            async with Node("a", home=tmp_path / "a"):
+                await until(lambda: [one.body for one in arrived] == [b"kept"], 30)
 
     run(main())
