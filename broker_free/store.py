@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -192,6 +193,26 @@ class _Count:
     settled: int = -1  # what `Store._settlements` was when they were counted
 
 
+class _Translating:
+    """A block whose errors of SQLite and of the disk become this package's.
+
+    A class, and one object for all blocks: a generator costs four times as much, five times in each transaction.
+    """
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, sqlite3.Error | pw.PeeweeException | OSError):
+            raise failure_of(error, self._path) from error
+
+
 class Store:
     """The writing side. Opened, used and closed by the owner thread alone."""
 
@@ -205,6 +226,7 @@ class Store:
         migrations: Migrations | None = None,
     ) -> None:
         self._path = path
+        self._translating = _Translating(path)
         self._me = me
         self._limits = limits
         self._models = tuple(models)
@@ -258,7 +280,7 @@ class Store:
             raise self._unopenable(error) from error
         CURRENT.obj = self._db
         try:
-            with self._translating():
+            with self._translating:
                 version_of(self._conn)
                 self._check(was_open=was_open, had_log=had_log)
                 self._upgrade()
@@ -384,7 +406,7 @@ class Store:
 
     def begin(self) -> None:
         faults.reach("before-begin")
-        with self._translating():
+        with self._translating:
             self._conn.execute("BEGIN IMMEDIATE")
             self._txn = self._db.transaction()
             self._db.push_transaction(self._txn)  # an application's atomic() is a savepoint inside this one
@@ -392,7 +414,7 @@ class Store:
 
     def commit(self) -> None:
         """Make the transaction durable: when this returns, its rows survive a power loss."""
-        with self._translating():
+        with self._translating:
             self.write_queued()
             if self._settled:
                 self._conn.executemany(
@@ -418,7 +440,7 @@ class Store:
                 self._db.pop_transaction()  # type: ignore[no-untyped-call]  # the stubs leave its types out
                 if self._conn.in_transaction:  # some errors end it by themselves
                     self._conn.execute("ROLLBACK")
-            with self._translating():
+            with self._translating:
                 self._load()
         except (pw.PeeweeException, sqlite3.Error, StoreFailed) as error:
             raise StoreBroken(f"the store cannot roll back: {error}", hint="restart the node") from error
@@ -427,13 +449,13 @@ class Store:
     def savepoint(self) -> Iterator[None]:
         """Undo what the block wrote if it raises, and nothing else."""
         self.write_queued()
-        with self._translating():
+        with self._translating:
             self._conn.execute("SAVEPOINT bf")  # nests: the innermost of a name is meant
         settled, backlog = len(self._settled), self.backlog
         try:
             yield
         except BaseException as error:
-            with self._translating():
+            with self._translating:
                 self._conn.execute("ROLLBACK TO bf")
                 self._conn.execute("RELEASE bf")
             del self._settled[settled:]
@@ -446,15 +468,8 @@ class Store:
                 raise failure_of(error, self._path) from error
             raise
         self.write_queued()
-        with self._translating():
+        with self._translating:
             self._conn.execute("RELEASE bf")
-
-    @contextmanager
-    def _translating(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, pw.PeeweeException, OSError) as error:
-            raise failure_of(error, self._path) from error
 
     # -- events and what is quarantined ---------------------------------------------------------------------
 
@@ -480,7 +495,7 @@ class Store:
             notes.append((now_ms, "events-lost", "", f"{self._notes_lost} more at that time"))
         self._notes_written = max(len(self._notes), 1)
         self._bad_written = (list(self._bad_outbox), list(self._bad_inbox))
-        with self._translating():
+        with self._translating:
             self._conn.executemany(
                 f"UPDATE outbox SET state = {QUARANTINED}, reason = ? WHERE row = ?",
                 [(DAMAGED, row) for row in self._bad_outbox],
@@ -493,7 +508,7 @@ class Store:
         return list(self._bad_outbox.values())
 
     def _record(self, events: Sequence[tuple[int, str, str, str]]) -> None:
-        with self._translating():
+        with self._translating:
             self._conn.executemany("INSERT INTO event (at_ms, kind, peer, detail) VALUES (?,?,?,?)", events)
             self._conn.execute(
                 "DELETE FROM event WHERE id <= (SELECT max(id) FROM event) - ?", (self._limits.events_max,)
@@ -561,7 +576,7 @@ class Store:
                 one.envelope = replace(one.envelope, ttl_ms=ttl_ms)
                 limited.append((one.row, now_ms + ttl_ms))
                 self._expect_expiry(now_ms + ttl_ms)
-        with self._translating():
+        with self._translating:
             self._conn.executemany("INSERT INTO lifetime (row, expires_ms) VALUES (?, ?)", limited)
 
     def _expect_expiry(self, at_ms: int) -> None:
@@ -606,7 +621,7 @@ class Store:
                 self._born_done.add(row)
             rows.append((row, peer, raw_id, lane, meta, message.body, digest, state, now_ms))
             accepted.append(Accepted(row=row, envelope=_envelope(row, sender, message)))
-        with self._translating():
+        with self._translating:
             try:
                 self._conn.executemany(_INSERT_INBOX, rows)
             except sqlite3.IntegrityError:
@@ -626,7 +641,7 @@ class Store:
                 some = ids[at : at + _IDS_A_QUERY]
                 marks = ",".join("?" * len(some))
                 sql = f"SELECT msg_id, row, digest FROM {table} WHERE peer = ? AND msg_id IN ({marks})"
-                with self._translating():
+                with self._translating:
                     found = self._conn.execute(sql, (peer, *some)).fetchall()
                 known.update({raw_id: (row, digest) for raw_id, row, digest in found})
         return known
@@ -636,7 +651,7 @@ class Store:
             self._settled.append(row)
 
     def failed(self, row: int, reason: str, now_ms: int) -> None:
-        with self._translating():
+        with self._translating:
             (attempts,) = self._conn.execute(
                 "SELECT attempts + 1 FROM inbox WHERE row = ?", (row,)
             ).fetchone()
@@ -659,7 +674,7 @@ class Store:
     def due(self, now_ms: int, limit: int) -> list[Envelope]:
         if not self.has_due(now_ms):
             return []
-        with self._translating():
+        with self._translating:
             over = self._conn.execute(
                 f"UPDATE inbox SET state = {INBOX_DEAD}, due_ms = NULL, reason = 'expired' WHERE due_ms <= ?"
                 " AND row IN (SELECT row FROM lifetime WHERE expires_ms <= ?)",
@@ -694,7 +709,7 @@ class Store:
 
     def consumer_open(self, name: str, pattern: str) -> int:
         """Make or find a durable consumer. A new one is given what has arrived and nobody has claimed."""
-        with self._translating():
+        with self._translating:
             found = self._conn.execute("SELECT id, pattern FROM consumer WHERE name = ?", (name,)).fetchone()
             if found is not None:
                 if found[1] != pattern:
@@ -728,7 +743,7 @@ class Store:
         self, consumer: int, *, now_ms: int, limit: int, leave_out: set[int]
     ) -> list[tuple[Envelope, int]]:
         """Return (envelope, attempts so far) of jobs that are due, oldest first, without those in `leave_out`."""
-        with self._translating():
+        with self._translating:
             rows = self._conn.execute(
                 "SELECT j.row, i.peer, i.meta, i.body, i.lane, i.digest, i.msg_id, j.attempts"
                 " FROM job j LEFT JOIN inbox i ON i.row = j.row"
@@ -747,7 +762,7 @@ class Store:
 
     def job_done(self, consumer: int, row: int, now_ms: int) -> bool:
         """Settle a job. Returns whether it was still there to be settled."""
-        with self._translating():
+        with self._translating:
             found = self._conn.execute("DELETE FROM job WHERE consumer = ? AND row = ?", (consumer, row))
             self.backlog -= found.rowcount
             self._conn.execute(
@@ -760,7 +775,7 @@ class Store:
 
     def job_again(self, consumer: int, row: int, due_ms: int) -> None:
         """Hand the job out again at `due_ms`, or never more when this was the last try: a dead letter."""
-        with self._translating():
+        with self._translating:
             (attempts,) = self._conn.execute(
                 "UPDATE job SET attempts = attempts + 1, due_ms = ? WHERE consumer = ? AND row = ? RETURNING attempts",
                 (due_ms, consumer, row),
@@ -830,7 +845,7 @@ class Store:
     def _has_queued(self, peer: str, raw_id: bytes, digest: bytes) -> bool:
         """Say whether this message is in the outbox for `peer`. Raises Conflict when another one has its id."""
         self.write_queued()
-        with self._translating():
+        with self._translating:
             found = self._conn.execute(
                 "SELECT m.digest FROM outbox o JOIN message m ON m.id = o.message WHERE o.peer = ? AND o.msg_id = ?",
                 (self._peer_id(peer), raw_id),
@@ -845,7 +860,7 @@ class Store:
     def write_queued(self) -> None:
         """Insert what `enqueue` has taken. Two statements a tick instead of two a message: each lets go of the GIL."""
         if self._new_messages:
-            with self._translating():
+            with self._translating:
                 self._conn.executemany(_INSERT_MESSAGE, self._new_messages)
                 self._conn.executemany(_INSERT_OUTBOX, self._new_outbox)
             self._forget_queued()
@@ -859,7 +874,7 @@ class Store:
         total, most = self._total, self._limits.outboxes_bytes_max
         if total.size + size > most and total.settled != self._settlements:
             self.write_queued()
-            with self._translating():
+            with self._translating:
                 total.size = self._conn.execute(
                     "SELECT coalesce(sum(size), 0) FROM (SELECT max(bytes) AS size FROM outbox"
                     f" WHERE state = {QUEUED} GROUP BY message)"
@@ -879,7 +894,7 @@ class Store:
             # Counting 10,000 rows takes milliseconds: once after each change, not for every publish that is refused.
             if count.settled != self._settlements:
                 self.write_queued()
-                with self._translating():
+                with self._translating:
                     count.messages, count.size = self._conn.execute(
                         "SELECT count(*), coalesce(sum(bytes), 0) FROM outbox"
                         f" WHERE peer = ? AND state = {QUEUED}",
@@ -896,7 +911,7 @@ class Store:
 
     def mark_delivered(self, rows: Sequence[tuple[str, int]], now_ms: int) -> None:
         self._settlements += 1
-        with self._translating():
+        with self._translating:
             self._conn.executemany(
                 f"UPDATE outbox SET state = {DELIVERED}, settled_ms = ?"
                 f" WHERE row = ? AND state IN ({QUEUED}, {REVOKING})",
@@ -906,7 +921,7 @@ class Store:
     def mark_delivered_ids(self, peer: str, ids: Sequence[str], now_ms: int) -> None:
         number = self._peer_id(peer)
         self._settlements += 1
-        with self._translating():
+        with self._translating:
             self._conn.executemany(
                 f"UPDATE outbox SET state = {DELIVERED}, settled_ms = ?"
                 f" WHERE peer = ? AND msg_id = ? AND state IN ({QUEUED}, {REVOKING})",
@@ -922,7 +937,7 @@ class Store:
     def _end(self, peer: str, message_id: str, state: int, reason: str | None, now_ms: int) -> bool:
         """End a message that is still queued, or was to be withdrawn."""
         self._settlements += 1
-        with self._translating():
+        with self._translating:
             cursor = self._conn.execute(
                 "UPDATE outbox SET state = ?, settled_ms = ?, reason = ?"
                 f" WHERE peer = ? AND msg_id = ? AND state IN ({QUEUED}, {REVOKING})",
@@ -933,7 +948,7 @@ class Store:
     # -- receipts -------------------------------------------------------------------------------------------
 
     def note_receipt(self, row: int, state: str, now_ms: int) -> None:
-        with self._translating():
+        with self._translating:
             noted = self._conn.execute(
                 "INSERT OR REPLACE INTO receipt (peer, msg_id, state, at_ms) SELECT peer, msg_id, ?, ? FROM inbox"
                 " WHERE row = ? AND peer <> ? AND instr(meta, ?) > 0"
@@ -943,7 +958,7 @@ class Store:
         self.receipt_peers.update(self._peer_names[peer] for (peer,) in noted)
 
     def receipts(self, peer: str, limit: int) -> list[tuple[str, str]]:
-        with self._translating():
+        with self._translating:
             rows = self._conn.execute(
                 "SELECT msg_id, state FROM receipt WHERE peer = ? ORDER BY msg_id LIMIT ?",
                 (self._peer_id(peer), limit),
@@ -951,7 +966,7 @@ class Store:
         return [(id_from_bytes(raw_id), state) for raw_id, state in rows]
 
     def drop_receipts(self, peer: str, ids: Sequence[str]) -> None:
-        with self._translating():
+        with self._translating:
             self._conn.executemany(
                 "DELETE FROM receipt WHERE peer = ? AND msg_id = ?",
                 [(self._peer_id(peer), id_to_bytes(one)) for one in ids],
@@ -961,7 +976,7 @@ class Store:
         number = self._peer_id(peer)
         new: list[str] = []
         unknown: list[str] = []
-        with self._translating():
+        with self._translating:
             for message_id, state in receipts:
                 key = (number, id_to_bytes(message_id))
                 found = self._conn.execute(
@@ -984,7 +999,7 @@ class Store:
 
     def outbox_of(self, message_id: str) -> list[tuple[str, int, str, bool]]:
         self.write_queued()
-        with self._translating():
+        with self._translating:
             rows = self._conn.execute(
                 "SELECT o.peer, o.row, o.state, o.may_repeat FROM message m JOIN outbox o ON o.message = m.id"
                 " WHERE m.msg_id = ? ORDER BY o.row",
@@ -997,20 +1012,20 @@ class Store:
 
     def mark_cancelled(self, row: int, now_ms: int) -> None:
         self._settlements += 1
-        with self._translating():
+        with self._translating:
             self._conn.execute(
                 f"UPDATE outbox SET state = {CANCELLED}, settled_ms = ? WHERE row = ? AND state = {QUEUED}",
                 (now_ms, row),
             )
 
     def mark_revoking(self, row: int) -> None:
-        with self._translating():
+        with self._translating:
             self._conn.execute(
                 f"UPDATE outbox SET state = {REVOKING} WHERE row = ? AND state = {QUEUED}", (row,)
             )
 
     def revoking(self, peer: str, limit: int) -> list[tuple[str, bytes]]:
-        with self._translating():
+        with self._translating:
             rows = self._conn.execute(
                 "SELECT o.msg_id, m.digest FROM outbox o JOIN message m ON m.id = o.message"
                 f" WHERE o.peer = ? AND o.state = {REVOKING} ORDER BY o.row LIMIT ?",
@@ -1029,7 +1044,7 @@ class Store:
                 f" WHERE peer = ? AND msg_id = ? AND state = {REVOKING} RETURNING row"
             ),
         )
-        with self._translating():
+        with self._translating:
             return tuple(  # type: ignore[return-value]  # two lists, as promised
                 [
                     one
@@ -1040,14 +1055,14 @@ class Store:
             )
 
     def unrevoke(self, peer: str) -> None:
-        with self._translating():
+        with self._translating:
             self._conn.execute(
                 f"UPDATE outbox SET state = {QUEUED} WHERE peer = ? AND state = {REVOKING}",
                 (self._peer_id(peer),),
             )
 
     def note_acked(self, peer: str, message_id: str, row: int) -> None:
-        with self._translating():
+        with self._translating:
             self._conn.execute(
                 "UPDATE peer SET acked_id = ?, acked_row = ? WHERE node_id = ? AND coalesce(acked_row, 0) < ?",
                 (id_to_bytes(message_id), row, peer, row),
@@ -1056,7 +1071,7 @@ class Store:
     def requeue(self, peer: str, now_ms: int) -> int:
         number = self._peer_id(peer)
         self._counts.pop(number, None)
-        with self._translating():
+        with self._translating:
             self._conn.execute("UPDATE peer SET acked_id = NULL, acked_row = NULL WHERE id = ?", (number,))
             cursor = self._conn.execute(
                 f"UPDATE outbox SET state = {QUEUED}, settled_ms = NULL WHERE row IN (SELECT row FROM outbox"
@@ -1072,7 +1087,7 @@ class Store:
 
     def add_blob(self, blob_id: str, size: int, now_ms: int) -> None:
         """A blob is complete on this disk, or has been used again."""
-        with self._translating():
+        with self._translating:
             self._conn.execute(
                 "INSERT INTO blob (id, bytes, used_ms) VALUES (?,?,?)"
                 " ON CONFLICT (id) DO UPDATE SET used_ms = excluded.used_ms",
@@ -1080,7 +1095,7 @@ class Store:
             )
 
     def has_blob(self, blob_id: str) -> bool:
-        with self._translating():
+        with self._translating:
             return (
                 self._conn.execute("SELECT 1 FROM blob WHERE id = ?", (bytes.fromhex(blob_id),)).fetchone()
                 is not None
@@ -1088,7 +1103,7 @@ class Store:
 
     def may_fetch_blob(self, blob_id: str, peer: str) -> bool:
         """Say whether a message to `peer` names this blob: that is what gives the right to it."""
-        with self._translating():
+        with self._translating:
             return (
                 self._conn.execute(
                     "SELECT 1 FROM blob_ref WHERE blob = ? AND peer = ? LIMIT 1",
@@ -1104,7 +1119,7 @@ class Store:
                 raise UnknownBlob(
                     f"no blob {blob_id[:12]} on this node", hint="put_blob or fetch_blob it first"
                 )
-        with self._translating():
+        with self._translating:
             self._conn.executemany(
                 "INSERT OR IGNORE INTO blob_ref (blob, peer, msg_id) VALUES (?,?,?)",
                 [(blob, self._peer_id(peer), raw_id) for blob in raw_blobs for peer in recipients],
@@ -1115,7 +1130,7 @@ class Store:
 
     def drop_unused_blobs(self, now_ms: int) -> list[str]:
         """Forget one slice of the blobs that nothing has used for long and no outbox row names. Returns their ids."""
-        with self._translating():
+        with self._translating:
             unused = self._conn.execute(
                 "SELECT id FROM blob WHERE used_ms < ? AND NOT EXISTS (SELECT 1 FROM blob_ref r JOIN outbox o"
                 " ON o.peer = r.peer AND o.msg_id = r.msg_id WHERE r.blob = blob.id)"
@@ -1129,7 +1144,7 @@ class Store:
     # -- what the link reads (committed, because it reads between transactions) -----------------------------
 
     def in_doubt(self, peer: str, limit: int) -> list[tuple[str, bytes]]:
-        with self._translating():
+        with self._translating:
             rows = self._conn.execute(
                 "SELECT o.msg_id, m.digest, o.row FROM outbox o JOIN message m ON m.id = o.message"
                 f" WHERE o.peer = ? AND o.state = {QUEUED} ORDER BY o.row LIMIT ?",
@@ -1144,7 +1159,7 @@ class Store:
     def queued_after(self, peer: str, row: int, *, messages: int, size: int) -> list[Queued]:
         queued: list[Queued] = []
         while not queued:  # damaged ones are passed over, and there may be sound ones behind them
-            with self._translating():
+            with self._translating:
                 cursor = self._conn.execute(
                     "SELECT o.row, o.msg_id, m.meta, m.body, m.digest, o.expires_ms, o.is_timed"
                     " FROM outbox o LEFT JOIN message m ON m.id = o.message"
@@ -1196,7 +1211,7 @@ class Store:
         return held
 
     def last_acked(self, peer: str) -> tuple[str, int] | None:
-        with self._translating():
+        with self._translating:
             found = self._conn.execute(
                 "SELECT acked_id, acked_row FROM peer WHERE node_id = ?", (peer,)
             ).fetchone()
@@ -1211,7 +1226,7 @@ class Store:
         known = self._known(number, [raw_id]).get(raw_id)
         if known is not None:
             return known[0] != row
-        with self._translating():
+        with self._translating:
             (pruned,) = self._conn.execute("SELECT pruned_row FROM peer WHERE id = ?", (number,)).fetchone()
         return bool(row > pruned)
 
@@ -1220,7 +1235,7 @@ class Store:
     def expire(self, peer: str, *, beyond_row: int, now_ms: int) -> list[str]:
         """Expire queued rows past their time that are not on the wire (their row is beyond `beyond_row`)."""
         self._settlements += 1
-        with self._translating():
+        with self._translating:
             rows = self._conn.execute(
                 f"UPDATE outbox SET state = {EXPIRED}, settled_ms = ? WHERE row IN (SELECT row FROM outbox WHERE"
                 f" peer = ? AND state = {QUEUED} AND row > ? AND expires_ms <= ? LIMIT {_PRUNE_SLICE})"
@@ -1236,7 +1251,7 @@ class Store:
 
     def expire_inbox(self, now_ms: int, *, leave_out: Set[int] = frozenset()) -> int:
         """End what nobody began to work on in its lifetime; return how many. `leave_out`: rows that are leased."""
-        with self._translating():
+        with self._translating:
             found = self._conn.execute("SELECT row FROM lifetime WHERE expires_ms <= ?", (now_ms,)).fetchall()
             over = [(row,) for (row,) in found if row not in leave_out][:_PRUNE_SLICE]
             ended = 0
@@ -1263,7 +1278,7 @@ class Store:
         ).fetchone()
 
     def anchor(self) -> Anchor | None:
-        with self._translating():
+        with self._translating:
             found = self._conn.execute(
                 "SELECT machine_boot, offset_ms, ahead_ms, at_ms FROM clock"
             ).fetchone()
@@ -1273,7 +1288,7 @@ class Store:
 
     def save_anchor(self, anchor: Anchor) -> None:
         """Write the steady clock's anchor down, in the caller's transaction or in one of its own."""
-        with self._translating(), self._db.atomic():
+        with self._translating, self._db.atomic():
             self._conn.execute(
                 "INSERT OR REPLACE INTO clock (id, machine_boot, offset_ms, ahead_ms, at_ms) VALUES (1,?,?,?,?)",
                 (anchor.machine_boot, anchor.offset_ms, anchor.ahead_ms, anchor.at_ms),
@@ -1286,7 +1301,7 @@ class Store:
         their id in `seen` for that long again, so that no copy still under way is taken for new.
         """
         limits = self._limits
-        with self._translating():
+        with self._translating:
             gone = self._conn.execute(
                 f"DELETE FROM outbox WHERE row IN (SELECT row FROM outbox WHERE state <> {QUEUED} AND settled_ms < ?"
                 f" AND row < (SELECT max(row) FROM outbox) LIMIT {_PRUNE_SLICE}) RETURNING message",
@@ -1322,14 +1337,14 @@ class Store:
     def _peer_id(self, node_id: str) -> int:
         number = self._peer_ids.get(node_id)
         if number is None:
-            with self._translating():
+            with self._translating:
                 number = int(Peer.insert(node_id=node_id).execute())
             self._peer_ids[node_id] = number
             self._peer_names[number] = node_id
         return number
 
     def save_member(self, member: Member, now_ms: int) -> None:
-        with self._translating():
+        with self._translating:
             self._peer_id(member.node_id)
             Peer.update(
                 name=member.name,
@@ -1342,7 +1357,7 @@ class Store:
 
     def drop_member(self, node_id: str, *, reason: str, now_ms: int) -> list[str]:
         """Make a peer a member no more. What waits for it is dead, kept with the reason; returns those ids."""
-        with self._translating():
+        with self._translating:
             Peer.update(is_member=False, interests="[]").where(Peer.node_id == node_id).execute()
             rows = self._conn.execute(
                 f"UPDATE outbox SET state = {DEAD}, settled_ms = ?, reason = ? WHERE peer = ? AND state = {QUEUED}"
@@ -1352,7 +1367,7 @@ class Store:
         return [id_from_bytes(raw_id) for (raw_id,) in rows]
 
     def members(self) -> list[Member]:
-        with self._translating():
+        with self._translating:
             return [
                 Member(
                     node_id=row.node_id,
@@ -1367,48 +1382,48 @@ class Store:
             ]
 
     def save_seen(self, peer: str, now_ms: int) -> None:
-        with self._translating():
+        with self._translating:
             Peer.update(seen_ms=now_ms).where(Peer.node_id == peer).execute()
 
     def save_interest(self, peer: str, patterns: Sequence[str]) -> None:
-        with self._translating():
+        with self._translating:
             Peer.update(interests=json.dumps(list(patterns))).where(Peer.node_id == peer).execute()
 
     def save_invitation(self, public_key: bytes, expires_ms: int) -> None:
-        with self._translating():
+        with self._translating:
             self._conn.execute("INSERT INTO invitation VALUES (?, ?)", (public_key, expires_ms))
 
     def strike_invitation(self, public_key: bytes) -> bool:
         """Use an invitation up. Returns whether it was there."""
-        with self._translating():
+        with self._translating:
             return (
                 self._conn.execute("DELETE FROM invitation WHERE public_key = ?", (public_key,)).rowcount == 1
             )
 
     def invitations(self) -> dict[bytes, int]:
-        with self._translating():
+        with self._translating:
             return dict(self._conn.execute("SELECT public_key, expires_ms FROM invitation").fetchall())
 
     def save_joining(self, server_key: bytes, endpoints: Sequence[str], expires_ms: int) -> None:
         """Remember that this node asked to be let in, until it knows the answer."""
-        with self._translating():
+        with self._translating:
             self._conn.execute(
                 "INSERT OR REPLACE INTO joining VALUES (?, ?, ?)",
                 (server_key, json.dumps(list(endpoints)), expires_ms),
             )
 
     def end_joining(self, server_key: bytes) -> None:
-        with self._translating():
+        with self._translating:
             self._conn.execute("DELETE FROM joining WHERE server_key = ?", (server_key,))
 
     def joinings(self) -> list[tuple[bytes, tuple[str, ...], int]]:
         """Return (server key, endpoints, expiry) of what this node asked and never heard the answer to."""
-        with self._translating():
+        with self._translating:
             rows = self._conn.execute("SELECT server_key, endpoints, expires_ms FROM joining").fetchall()
         return [(key, tuple(json.loads(endpoints)), expires_ms) for key, endpoints, expires_ms in rows]
 
     def registry_save(self, entries: Sequence[Entry]) -> None:
-        with self._translating():
+        with self._translating:
             self._conn.executemany(
                 "INSERT OR REPLACE INTO entry (bucket, key, origin, value, stamp, held_ms) VALUES (?,?,?,?,?,?)",
                 [
@@ -1426,19 +1441,19 @@ class Store:
         faults.reach("registry-saved")
 
     def registry_drop(self, keys: Sequence[tuple[str, str]]) -> None:
-        with self._translating():
+        with self._translating:
             self._conn.executemany("DELETE FROM entry WHERE bucket = ? AND key = ?", keys)
 
     def registry_note(self, name: str, value: int) -> None:
-        with self._translating():
+        with self._translating:
             self._conn.execute("INSERT OR REPLACE INTO registry_note VALUES (?, ?)", (name, value))
 
     def registry_notes(self) -> dict[str, int]:
-        with self._translating():
+        with self._translating:
             return dict(self._conn.execute("SELECT name, value FROM registry_note").fetchall())
 
     def registry_load(self) -> list[Entry]:
-        with self._translating():
+        with self._translating:
             rows = self._conn.execute(
                 "SELECT bucket, key, origin, value, stamp, held_ms FROM entry"
             ).fetchall()
