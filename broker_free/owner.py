@@ -772,7 +772,8 @@ class Owner:
             or outcome.receipts
             or outcome.ephemerals
         ):
-            self._bound_ephemerals(outcome)
+            if outcome.ephemerals:
+                self._bound_ephemerals(outcome)
             self.tell(self._node.take, outcome)
         if self._dirty:
             self.tell_views()
@@ -787,16 +788,21 @@ class Owner:
         self._ephemerals_told += len(outcome.ephemerals)
 
     def _keep_house(self, now_ms: int) -> None:
+        self._room_may_have_changed()
+        if mono_ms() >= self._house_wake_ms():  # now: the turn itself may have been long
+            self._do_what_is_due(now_ms)
+        if self._dirty:
+            self.tell_views()
+
+    def _do_what_is_due(self, now_ms: int) -> None:
         self.pairing.keep(now_ms)
-        if (at_ms := mono_ms()) >= self._memory_due_ms:  # now: the turn itself may have been long
+        if (at_ms := mono_ms()) >= self._memory_due_ms:
             self._look_for_floods(at_ms)
         if self._relisten_due_ms is not None and now_ms >= self._relisten_due_ms:
             self._relisten(now_ms)
         self._watch.tick(now_ms)
-        self._disk.look(now_ms)
-        self._room_may_have_changed()
-        if self._dirty:
-            self.tell_views()
+        if self._disk.look(now_ms):
+            self._room_may_have_changed()
         if self._broken is not None:
             if now_ms >= self._housekeeping_due_ms:
                 self._housekeeping_due_ms = now_ms + _HOUSEKEEPING_MS
@@ -904,19 +910,28 @@ class Owner:
             self._relisten_due_ms = now_ms + _RELISTEN_AGAIN_MS
         self._tick.drop_inbound("listening anew")
 
+    def _house_wake_ms(self) -> int:
+        """Return the monotonic time at which `_keep_house` has something to do though nothing happens.
+
+        Asked twice in each round of the loop: whatever house-keeping is added names its time here.
+        """
+        wake_ms = min(self._housekeeping_due_ms, self._memory_due_ms, self._watch.next_wake_ms())
+        for soon_ms in (self._relisten_due_ms, self.pairing.next_wake_ms()):
+            if soon_ms is not None and soon_ms < wake_ms:
+                wake_ms = soon_ms
+        expiry_ms = self._store.next_expiry_ms
+        if expiry_ms is not None and self._broken is None:
+            wake_ms = min(wake_ms, mono_ms() + max(0, expiry_ms - self._steady.ms()))
+        return wake_ms
+
     def _sleep_ms(self) -> int:
-        tick_ms = self._tick.next_wake_ms() if self._broken is None else self._housekeeping_due_ms
-        due_ms = min(tick_ms, self._watch.next_wake_ms(), self._housekeeping_due_ms)
-        chunks_ms = self.carrier.next_wake_ms(mono_ms()) if self._broken is None else None
-        if chunks_ms is not None:
-            due_ms = min(due_ms, chunks_ms)
-        for soon_ms in (self._memory_due_ms, self._relisten_due_ms, self.pairing.next_wake_ms()):
-            if soon_ms is not None:
-                due_ms = min(due_ms, soon_ms)
-        sleep_ms = max(0, due_ms - mono_ms())
-        if self._store.next_expiry_ms is not None and self._broken is None:
-            sleep_ms = min(sleep_ms, max(0, self._store.next_expiry_ms - self._steady.ms()))
-        return sleep_ms
+        wake_ms, now_ms = self._house_wake_ms(), mono_ms()
+        if self._broken is None:
+            wake_ms = min(wake_ms, self._tick.next_wake_ms())
+            chunks_ms = self.carrier.next_wake_ms(now_ms)
+            if chunks_ms is not None:
+                wake_ms = min(wake_ms, chunks_ms)
+        return max(0, wake_ms - now_ms)
 
     def tell(self, fn: Callable[..., object], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody is left to hear it

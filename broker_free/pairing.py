@@ -186,7 +186,7 @@ class Pairing:
         suit.due_ms = mono_ms() + (_RETRY_MS if suit.future else _RETRY_ALONE_MS)
 
     def next_wake_ms(self) -> int | None:
-        return min((suit.due_ms for suit in self._suits), default=None)
+        return min(suit.due_ms for suit in self._suits) if self._suits else None
 
     def keep(self, now_ms: int) -> None:
         """Do what is due: try again, and give up what is over."""
@@ -208,6 +208,8 @@ class Pairing:
             self._suits.remove(suit)
 
     def _suit_of(self, conn: int) -> _Suit | None:
+        if not self._suits:  # asked for every frame
+            return None
         return next((suit for suit in self._suits if suit.conn == conn), None)
 
     def connected(self, conn: int) -> bool:

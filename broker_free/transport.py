@@ -544,7 +544,8 @@ class Transport:
             # Beats are read in batches: waking for each of a large mesh's was most of what an idle node cost.
             self._look_due = now + self._limits.heartbeat_ms / 4_000
             self._ready[self._sub] = None
-        self._resolver.deliver(now)
+        if self._resolver.is_busy:
+            self._resolver.deliver(now)
         events: list[Event] = [*self._owed]
         self._owed.clear()
         ready = self._ready
@@ -572,15 +573,15 @@ class Transport:
     def _patience_ms(self, timeout_ms: int) -> float:
         if self._ready or self._owed:
             return 0
-        deadlines = [self._resolver.deadline]
+        patience_s, now = timeout_ms / 1000, time.monotonic()
         if self._watched:
-            deadlines.append(self._look_due)
+            patience_s = min(patience_s, self._look_due - now)
         if self._dialling:
-            deadlines.append(next(iter(self._dialling.values())).deadline)
-        soonest = min((one for one in deadlines if one is not None), default=None)
-        if soonest is None:
-            return timeout_ms
-        return min(timeout_ms, max(0.0, (soonest - time.monotonic()) * 1000))
+            patience_s = min(patience_s, next(iter(self._dialling.values())).deadline - now)
+        deadline = self._resolver.deadline if self._resolver.is_busy else None
+        if deadline is not None:
+            patience_s = min(patience_s, deadline - now)
+        return max(0.0, patience_s * 1000)
 
     def _recheck_touched(self) -> None:
         asked = [(inlet.socket, _POLLIN) for inlet in self._touched]
@@ -996,6 +997,11 @@ class Resolver:
             found = []
         self._answers.put((endpoint, found))
         self._wake()
+
+    @property
+    def is_busy(self) -> bool:
+        """Say whether there is anything to wait for or to deliver."""
+        return bool(self._asked or self._under_way)
 
     @property
     def deadline(self) -> float | None:
