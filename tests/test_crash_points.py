@@ -44,6 +44,7 @@ PATIENCE_S = 60.0  # the machine may be loaded; nothing waits so long when all i
 DRAIN_S = 30.0  # I6
 
 KILLED = -9
+Record = Callable[[str, object], None]
 
 
 class Nursery:
@@ -595,20 +596,25 @@ GROUPS = [list(SCENARIOS)[at : at + 5] for at in range(0, len(SCENARIOS), 5)]
 
 @pytest.mark.parametrize("points", GROUPS, ids=lambda points: points[0])
 def test_a_node_killed_at_a_point_loses_nothing_doubles_nothing_and_keeps_the_order(
-    nursery: Nursery, folder: Path, points: list[str]
+    nursery: Nursery, folder: Path, record_property: Record, points: list[str]
 ) -> None:
-    kill_all(nursery, folder, [run for point in points for run in runs_of(point)])
+    runs = [run for point in points for run in runs_of(point)]
+    kill_all(nursery, folder, runs)
+    record_property("faults", len(runs))
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1_800)
 @pytest.mark.parametrize("point", SCENARIOS)
-def test_a_node_killed_at_a_point_ten_times_as_often(nursery: Nursery, folder: Path, point: str) -> None:
+def test_a_node_killed_at_a_point_ten_times_as_often(
+    nursery: Nursery, folder: Path, record_property: Record, point: str
+) -> None:
     if SCENARIOS[point] is while_it_exchanges:
         runs = [(point, passing, (0, 5, 30)[passing % 3]) for passing in range(1, 31)]
     else:
         runs = [(point, 1, later_ms) for later_ms in range(0, 50, 5)]
     kill_all(nursery, folder, runs, numbers=NUMBERS_SOAK)
+    record_property("faults", len(runs))
 
 
 def test_there_is_a_scenario_for_every_point_and_every_point_is_in_the_code() -> None:

@@ -16,7 +16,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from random import Random
@@ -198,11 +198,14 @@ def assert_sound(found: Counter[str], *, moments: int) -> None:
     assert found["acks"] > 10 * moments
 
 
-def test_what_was_promised_survives_a_power_loss_at_any_moment(recording: Recording, tmp_path: Path) -> None:
+def test_what_was_promised_survives_a_power_loss_at_any_moment(
+    recording: Recording, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     kinds = Counter(record.kind + record.path.rpartition("store.db")[2] for record in recording.records)
     assert kinds["S"] > 5, "checkpoints happen on the way: power is lost in them too"
     assert kinds["U-wal"] >= 4, "so does the end of a log, with a new one after it"
     assert_sound(lose_power(recording, tmp_path / "after", count=500, seed=1), moments=500)
+    record_property("faults", 500)
 
 
 @pytest.mark.parametrize("synchronous", ["NORMAL", "OFF"])
@@ -224,6 +227,9 @@ def test_the_same_look_finds_what_is_lost_without_a_sync_at_each_commit(
 @pytest.mark.soak
 @pytest.mark.timeout(1_800)
 @pytest.mark.parametrize("seed", range(10))
-def test_what_was_promised_survives_ten_times_as_many(tmp_path: Path, seed: int) -> None:
+def test_what_was_promised_survives_ten_times_as_many(
+    tmp_path: Path, record_property: Callable[[str, object], None], seed: int
+) -> None:
     recording = Recording(tmp_path, synchronous="FULL", messages=2 * MESSAGES)
     assert_sound(lose_power(recording, tmp_path / "after", count=500, seed=seed), moments=500)
+    record_property("faults", 500)

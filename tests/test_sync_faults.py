@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,11 @@ def run_cases(shim: Path, folder: Path, *cases: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("who", ["sender", "receiver"])
 def test_a_sync_that_fails_stops_the_node_and_loses_nothing_it_said_was_done(
-    shim: Path, tmp_path: Path, who: str
+    shim: Path, tmp_path: Path, record_property: Callable[[str, object], None], who: str
 ) -> None:
     results = run_cases(shim, tmp_path, *(f"{who}:{number}" for number in range(1, 9)))
     assert len(results) == 8
+    record_property("faults", 8)
     for result in results:
         accepted, arrived = result["accepted"], result["arrived"]
         assert set(accepted) <= set(arrived), result
@@ -69,9 +71,12 @@ def test_a_sync_that_fails_stops_the_node_and_loses_nothing_it_said_was_done(
             assert accepted == list(range(12)), "the sender has nothing to do with it"
 
 
-def test_a_slow_disk_is_slow_and_nothing_else(shim: Path, tmp_path: Path) -> None:
+def test_a_slow_disk_is_slow_and_nothing_else(
+    shim: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     results = run_cases(shim, tmp_path, "slow:50", "slow:500")
     assert len(results) == 2
+    record_property("faults", 2)
     for result in results:
         assert result["arrived"] == list(range(12))
         assert result["states"] in ([], ["alive"]), "heartbeats go on beside a sync of half a second"

@@ -109,7 +109,7 @@ class PostOffice:
         return await self._node.transact(leases.enter, wish, self._judge, self._settings, elsewhere)
 
     async def call(self, who: Caller | None, verb: str, args: Args) -> Shape:
-        """Do what one verb of surface.md, 2, asks for. `who` may be nobody for the verbs about the node."""
+        """Do what one verb asks for. `who` may be nobody for the verbs about the node."""
         if (use_case := self._verbs.get(verb)) is None:
             raise InvalidInput(f"no such verb: {verb[:40]!r}", hint=f"one of: {', '.join(self._verbs)}")
         return await use_case(who, args)

@@ -1,4 +1,4 @@
-"""Text for people and models out of the JSON shapes of surface.md, 2. Pure: no clock, no terminal, nothing asked.
+"""Text for people and models out of the JSON that verbs answer. Pure: no clock, no terminal, nothing asked.
 
 Every word in a shape may come from another agent on another machine, so every one passes `clean` or `one_line`
 before it is shown: no escape sequence, no control character, nothing invisible, no turned direction. A brief is shown
@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from broker_free.errors import InvalidInput
 from zmail import times
 
-Shape: TypeAlias = Mapping[str, Any]  # Any: one of the JSON objects of surface.md, 2
+Shape: TypeAlias = Mapping[str, Any]  # Any: one of the JSON objects that a verb answers
 
 TITLE_CHARS_MAX = 60  # in a table
 CELL_CHARS_MAX = 40

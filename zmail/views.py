@@ -1,4 +1,4 @@
-"""What callers are shown of the tables: rows in, the JSON shapes of surface.md, 2, out. Reads only.
+"""What callers are shown of the tables: rows in, the JSON that verbs answer out. Reads only.
 
 Every function runs in a reading thread (or inside a transaction) and takes names of nodes from a `Directory`.
 """
@@ -20,7 +20,7 @@ from zmail.models import HEADERS, UNDELIVERED, UNREAD, Action, Brief, Delivery, 
 from zmail.push import Waiting
 from zmail.states import ENDED, PROGRESS, QUEUED
 
-Shape: TypeAlias = dict[str, Any]  # Any: one of the JSON objects of surface.md, 2
+Shape: TypeAlias = dict[str, Any]  # Any: one of the JSON objects that a verb answers
 
 COVERAGE_MS = 30 * times.DAY_MS
 _CHOICES_MAX = 10
