@@ -1055,6 +1055,8 @@ class Store:
             )
 
     def unrevoke(self, peer: str) -> None:
+        self._counts.pop(self._peer_id(peer), None)
+        self._total = _Count(size=self._limits.outboxes_bytes_max)  # counted again
         with self._translating:
             self._conn.execute(
                 f"UPDATE outbox SET state = {QUEUED} WHERE peer = ? AND state = {REVOKING}",
@@ -1071,13 +1073,16 @@ class Store:
     def requeue(self, peer: str, now_ms: int) -> int:
         number = self._peer_id(peer)
         self._counts.pop(number, None)
+        self._total = _Count(size=self._limits.outboxes_bytes_max)  # counted again
         with self._translating:
             self._conn.execute("UPDATE peer SET acked_id = NULL, acked_row = NULL WHERE id = ?", (number,))
             cursor = self._conn.execute(
                 f"UPDATE outbox SET state = {QUEUED}, settled_ms = NULL WHERE row IN (SELECT row FROM outbox"
-                f" WHERE peer = ? AND state = {DELIVERED} AND settled_ms > ? ORDER BY row DESC LIMIT ?)",
-                (number, now_ms - self._limits.retained_ms, self._limits.retained_messages),
+                f" WHERE peer = ? AND state = {DELIVERED} AND settled_ms > ? AND expires_ms > ?"
+                " ORDER BY row DESC LIMIT ?)",
+                (number, now_ms - self._limits.retained_ms, now_ms, self._limits.retained_messages),
             )
+            self._find_next_expiry()
         self.record(
             "regression", f"{cursor.rowcount} delivered messages are sent again", now_ms=now_ms, peer=peer
         )
@@ -1360,8 +1365,8 @@ class Store:
         with self._translating:
             Peer.update(is_member=False, interests="[]").where(Peer.node_id == node_id).execute()
             rows = self._conn.execute(
-                f"UPDATE outbox SET state = {DEAD}, settled_ms = ?, reason = ? WHERE peer = ? AND state = {QUEUED}"
-                " RETURNING msg_id",
+                f"UPDATE outbox SET state = {DEAD}, settled_ms = ?, reason = ? WHERE peer = ?"
+                f" AND state IN ({QUEUED}, {REVOKING}) RETURNING msg_id",
                 (now_ms, reason, self._peer_id(node_id)),
             ).fetchall()
         return [id_from_bytes(raw_id) for (raw_id,) in rows]

@@ -576,7 +576,10 @@ class SimJournal:
         retained = [
             (number, row)
             for number, row in self.outbox.items()
-            if row.peer == peer and row.state == "delivered" and row.settled_ms > oldest_ms
+            if row.peer == peer
+            and row.state == "delivered"
+            and row.settled_ms > oldest_ms
+            and row.queued.expires_ms > now_ms
         ]
         retained = sorted(retained)[-self._limits.retained_messages :]
         queued = self._queued_for(peer)

@@ -217,6 +217,34 @@ def test_a_regressed_peer_gets_the_retained_window_again(store: Store) -> None:
     assert (ids_queued(store), store.last_acked(PEER)) == ([recent.id], None)
 
 
+def test_what_was_delivered_and_is_over_does_not_expire_after_a_regression(store: Store) -> None:
+    """It was told to be delivered; whoever asks for it again has no use for it."""
+    rows = enqueue(store, message(), PEER, ttl_ms=1_000)
+    lasting = message()
+    rows += enqueue(store, lasting, PEER, ttl_ms=DAY_MS)
+    store.begin()
+    store.mark_delivered(rows, NOW)
+    store.expire_inbox(NOW + DAY_MS // 2)
+    store.commit()
+    store.begin()
+    assert store.requeue(PEER, NOW + 2_000) == 1
+    store.commit()
+    assert ids_queued(store) == [lasting.id]
+    assert store.next_expiry_ms == NOW + DAY_MS, "house-keeping comes back for it"
+
+
+def test_what_is_being_withdrawn_from_a_peer_that_is_removed_is_dead_too(store: Store) -> None:
+    one = message()
+    ((_, row),) = enqueue(store, one, PEER)
+    store.begin()
+    store.mark_revoking(row)
+    assert store.drop_member(PEER, reason="removed", now_ms=NOW) == [one.id]
+    store.expire_inbox(NOW)
+    store.commit()
+    assert store.outbox_of(one.id) == [(PEER, row, "dead", True)]
+    assert store.next_expiry_ms is None, "nothing is left that house-keeping would wake up for"
+
+
 def test_a_late_copy_of_a_pruned_message_is_still_a_duplicate(store: Store, path: Path) -> None:
     one, newest = message(), message()
     (row, _, _), (last, _, _) = accept(store, one, newest)
