@@ -72,14 +72,24 @@ class Receipt:
 
     __slots__ = ("_dead", "_followers", "_undone", "_waiting", "_watchers", "id", "recipients")
 
-    def __init__(self, message_id: str, recipients: Sequence[str]) -> None:
+    def __init__(
+        self, message_id: str, recipients: Sequence[str], ended: Mapping[str, str] | None = None
+    ) -> None:
         self.id = message_id
-        self.recipients = tuple(recipients)  # node ids it was queued for
+        self.recipients = tuple(recipients)  # node ids it was queued for, or waits for since an earlier try
         self._waiting = set(recipients)
-        self._dead: dict[str, str] = {}
+        self._dead: dict[str, str] = dict(ended or {})
         self._followers: list[asyncio.Future[None]] = []
         self._undone = set(recipients)
         self._watchers: list[asyncio.Future[None]] = []
+
+    def add(self, recipients: Sequence[str], ended: Mapping[str, str] | None) -> None:
+        """The same message was published again, to others or to the same."""
+        self._undone.update(set(recipients).difference(self.recipients))
+        self.recipients = tuple(dict.fromkeys([*self.recipients, *recipients]))
+        self._waiting.update(recipients)
+        for peer, state in (ended or {}).items():
+            self.refused_by(peer, state)
 
     async def done(self, timeout: float | None = None) -> None:
         """Wait until every recipient is done with a message that was published with `receipt=True`.
@@ -653,7 +663,11 @@ class Node:
         """Take in what a tick has to tell. Runs on the loop, once a tick."""
         for work, result in outcome.results:
             if isinstance(work, Publish):
-                receipt = Receipt(work.message.id, result)
+                receipt = self._receipts.get(work.message.id) if work.may_repeat else None
+                if receipt is None:
+                    receipt = Receipt(work.message.id, result, work.ended)
+                else:
+                    receipt.add(result, work.ended)
                 if result:
                     self._receipts[receipt.id] = receipt
                     if work.message.wants_receipt:

@@ -80,6 +80,7 @@ CANCELLED = "cancelled"  # the reason of a message that its sender withdrew
 _IDS_A_FRAME_MAX = 128  # in one frame, so that both the question and its answer fit
 EXPIRED = "expired"  # the reason of a message whose lifetime ran out while it waited
 _LAGGING = "consumers lag behind"
+_UNDECIDED = frozenset({"queued", "revoking"})  # states of a message that may still be delivered
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen, like all that is made once a message: it would cost 1 µs
@@ -362,6 +363,9 @@ class Publish:
     ttl_ms: int | None = None
     may_repeat: bool = True  # False for an id that was just made: no table holds it yet
     meta: bytes | None = None  # of `message`, if check_message has returned it already
+    ended: Mapping[str, str] | None = (
+        None  # of a repeated one: for whom it can never be delivered, and its state
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -1003,7 +1007,21 @@ class Tick:
             if link.offer(queued):
                 offered[peer] = None
         self._apply_effects(arrivals, outcome)
-        return [peer for peer, _ in rows]
+        recipients = [peer for peer, _ in rows]
+        return recipients + self._awaited(work, recipients) if work.may_repeat else recipients
+
+    def _awaited(self, work: Publish, fresh: Sequence[str]) -> list[str]:
+        """Return who else has not confirmed a message that was published before under the same id."""
+        self._write_marks()  # whoever is known to hold it is not waited for
+        earlier = {
+            peer: state
+            for peer, _, state, _ in self._journal.outbox_of(work.message.id)
+            if peer not in fresh and (work.recipients is None or peer in work.recipients)
+        }
+        work.ended = {
+            peer: state for peer, state in earlier.items() if state not in _UNDECIDED | {"delivered"}
+        }
+        return [peer for peer, state in earlier.items() if state in _UNDECIDED]
 
     def _interested(self, subject: str) -> list[str]:
         """Return the members, offline ones included, whose interest covers a subject."""

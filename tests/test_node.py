@@ -27,6 +27,7 @@ from broker_free.errors import (
     UnsuitableHome,
 )
 from broker_free.limits import Limits
+from broker_free.message import new_id
 from tests.nodes import PATIENCE_S, Worker, collecting, pair, run, until
 
 
@@ -556,5 +557,39 @@ def test_what_is_on_disk_is_no_failure_though_the_store_fails_right_after(
                 await until(lambda: a.health.state == "failed")
             async with Node("a", home=tmp_path / "a"):
                 await until(lambda: [one.body for one in arrived] == [b"kept"], 30)
+
+    run(main())
+
+
+def test_a_publish_again_under_the_same_id_waits_for_whoever_has_not_confirmed_yet(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a:
+            async with Node("b", home=tmp_path / "b") as b, Node("c", home=tmp_path / "c") as c:
+                await pair(a, b)
+                await pair(a, c)
+                at = b.endpoints[0]
+            one = new_id(1)
+            await a.publish("t.x", b"", to=[b.node_id], message_id=one)
+            again = await a.publish("t.x", b"", to=[b.node_id], message_id=one)
+            await a.publish("t.x", b"", to=[c.node_id], message_id=one)
+            only_b = new_id(2)
+            await a.publish("t.x", b"", to=[b.node_id], message_id=only_b)
+            assert again.recipients[0] == b.node_id
+            with pytest.raises(TimedOut):
+                await again.delivered(0.01)
+            given_up = new_id(3)
+            await a.publish("t.x", b"", to=[b.node_id], message_id=given_up)
+            store = a._running()._store
+            await a.transact(lambda tx: store.mark_dead(b.node_id, given_up, "too old", tx.steady_ms))
+            with pytest.raises(InvalidInput, match="dead"):
+                await (await a.publish("t.x", b"", to=[b.node_id], message_id=given_up)).delivered(10)
+        async with Node("a", home=tmp_path / "a") as a:  # it has forgotten the receipts, not the messages
+            after = await a.publish("t.x", b"", to=[b.node_id], message_id=only_b)
+            with pytest.raises(TimedOut):
+                await after.delivered(0.01)
+            async with Node("b", home=tmp_path / "b", listen=at):
+                await after.delivered(PATIENCE_S)
+                last = await a.publish("t.x", b"", to=[b.node_id], message_id=only_b)
+                await last.delivered(PATIENCE_S)
 
     run(main())
