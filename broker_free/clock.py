@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_SINCE_BOOT: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _DRIFT_MS: Final = 500  # UTC against steady time; from here on it was set, and that is written down
 
 
@@ -27,9 +28,7 @@ def mono_ms() -> int:
 
 def since_boot_ms() -> int:
     """Return the time since the machine was started, sleep included where the system can say."""
-    if hasattr(time, "CLOCK_BOOTTIME"):
-        return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
-    return mono_ms()
+    return time.clock_gettime_ns(_SINCE_BOOT) // 1_000_000
 
 
 def machine_boot() -> str:

@@ -60,7 +60,7 @@ log = logging.getLogger("broker_free")
 T = TypeVar("T")
 
 _WORK_MAX: Final = 20_000  # waiting operations; a caller beyond that waits until some are done
-_SLOW_MS: Final = 50  # a transactional function that takes longer holds up everybody
+_SLOW_S: Final = 0.05  # a transactional function that takes longer holds up everybody
 _FIRST_SESSION_S: Final = 3.0
 
 
@@ -258,7 +258,7 @@ class Node:
         """
         assert self._owner is None, "effects are registered before the start"
         _check_plain(fn)
-        self._effects.append((pattern, functools.partial(_watched_effect, fn)))
+        self._effects.append((pattern, functools.partial(_watched, fn)))
 
     def on_delivered(self, fn: Callable[[list[tuple[str, str]]], None]) -> None:
         """Call `fn([(message id, peer)])` on the loop when peers confirm that they hold messages on disk."""
@@ -522,7 +522,7 @@ class Node:
         """
         _refuse_inside("transact", "call the function itself, with the same tx")
         _check_plain(fn)
-        return self._submit(Transact(fn=_watched, args=(fn, *args)))
+        return self._submit(Transact(fn=functools.partial(_watched, fn), args=args))
 
     async def read(self, fn: Callable[..., T], *args: Any) -> T:  # Any: handed through to fn
         """Run `fn(db, *args)` in a reading thread on a read-only connection; models read through it too."""
@@ -806,7 +806,9 @@ class Node:
         _refuse_inside("commit", "settle the job after the transaction, or do all in one commit")
         _check_plain(fn)
         owner = self._running()
-        return self._submit(Transact(fn=owner.commit_job, args=(lease, _watched, fn, *args)))
+        return self._submit(
+            Transact(fn=owner.commit_job, args=(lease, functools.partial(_watched, fn), *args))
+        )
 
     async def return_job(self, lease: Lease, delay_ms: int) -> None:
         await self.transact(self._running().return_job, lease, delay_ms)
@@ -841,17 +843,13 @@ def _check_plain(fn: Callable[..., object]) -> None:
         raise TypeError("a transaction takes a plain function, not a coroutine function")
 
 
-def _watched(tx: Tx, fn: Callable[..., T], *args: Any) -> T:
+def _watched(fn: Callable[..., T], tx: Tx, *args: Any) -> T:
     """Run a caller's function and say so when it held up everybody else."""
     began = time.monotonic()
     try:
         return fn(tx, *args)
     finally:
-        took_ms = int((time.monotonic() - began) * 1_000)
-        if took_ms > _SLOW_MS:
+        took_s = time.monotonic() - began
+        if took_s > _SLOW_S:
             name = getattr(fn, "__qualname__", type(fn).__name__)
-            log.warning("slow transaction", extra={"function": name, "ms": took_ms})
-
-
-def _watched_effect(fn: Effect, tx: Tx, envelope: Envelope) -> object:
-    return _watched(tx, fn, envelope)
+            log.warning("slow transaction", extra={"function": name, "ms": int(took_s * 1_000)})

@@ -162,6 +162,9 @@ class Owner:
         self._hellos: dict[str, Allowance] = {}
         self._relisten_due_ms: int | None = None
         self._memory_due_ms = 0
+        self._steady_ahead_ms = (
+            0  # of monotonic time, when the last turn began: they part while the machine sleeps
+        )
         self._resident = resident_bytes()
 
     # -- called on the loop ---------------------------------------------------------------------------------
@@ -524,7 +527,9 @@ class Owner:
             timeout_ms = 0 if self._queue or self._has_chunks else self._sleep_ms()
 
     def _turn(self, events: Sequence[Connected | Closed | Received | Beat], now_ms: int) -> None:
-        self._tick.start(now_ms=now_ms, utc_ms=utc_ms(), steady_ms=self._steady.ms())
+        steady_ms = self._steady.ms()
+        self._steady_ahead_ms = steady_ms - now_ms
+        self._tick.start(now_ms=now_ms, utc_ms=utc_ms(), steady_ms=steady_ms)
         for event in events:
             self._on_event(event, now_ms)
         work = self._take_work()
@@ -758,7 +763,7 @@ class Owner:
             self._dirty.add(peer)
             is_blocked = peer in self._tick.links and self._tick.links[peer].is_blocked
             log.info("peer takes no messages" if is_blocked else "peer takes messages", extra={"peer": peer})
-        if any(entry.bucket in (MEMBERS, WHEREABOUTS) for entry in outcome.entries):
+        if outcome.entries and any(entry.bucket in (MEMBERS, WHEREABOUTS) for entry in outcome.entries):
             self.mesh.learn(outcome.entries)
         if (
             outcome.results
@@ -921,7 +926,7 @@ class Owner:
                 wake_ms = soon_ms
         expiry_ms = self._store.next_expiry_ms
         if expiry_ms is not None and self._broken is None:
-            wake_ms = min(wake_ms, mono_ms() + max(0, expiry_ms - self._steady.ms()))
+            wake_ms = min(wake_ms, expiry_ms - self._steady_ahead_ms)
         return wake_ms
 
     def _sleep_ms(self) -> int:

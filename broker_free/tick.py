@@ -1391,11 +1391,12 @@ class Tick:
             if link is not None:
                 meta = {"ids": [one for one, _ in receipts]}
                 self._do(peer, link.tell(RECEIPT, b"", meta, flags=FLAG_ANSWER))
+        if not (inputs.confirmed or self._journal.receipt_peers):
+            return
         told = self._journal.receipt_peers | {peer for peer, _ in inputs.confirmed}  # there may be more
-        if told:
-            self._journal.receipt_peers.clear()
-            for peer in sorted(told):
-                self._tell_receipts(peer)
+        self._journal.receipt_peers.clear()
+        for peer in sorted(told):
+            self._tell_receipts(peer)
 
     # -- withdrawing a message ------------------------------------------------------------------------------
 
