@@ -145,16 +145,17 @@ def word_of(entry: Entry) -> Word | None:
 
 @dataclass(slots=True)
 class Roll:
-    """Who is in, and who was removed by whom."""
+    """Who is in, who was removed by whom, and who was brought by those alone who have no say."""
 
     members: dict[str, Member] = field(default_factory=dict)
     removed: dict[str, Word] = field(default_factory=dict)
+    strangers: set[str] = field(default_factory=set)  # introduced by nobody whose word counts
 
 
 def roll_of(words: Iterable[Word]) -> Roll:
     """Fold all records into who belongs. The same records give the same roll, in whatever order they came."""
     roll = Roll()
-    strangers: set[str] = set()  # introduced by nobody whose word counts
+    strangers = roll.strangers
     for word in sorted(words, key=lambda one: one.order):
         if word.writer in roll.removed or word.writer in strangers:
             if word.subject not in roll.members and word.subject not in roll.removed:

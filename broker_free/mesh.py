@@ -117,7 +117,10 @@ class Mesh:
             self.tick.interests[member.node_id] = member.interests
             if member.seen_ms:
                 self.watch.seen_ms[member.node_id] = member.seen_ms
-            if member.node_id not in roll.members and member.node_id not in roll.removed:
+            if member.node_id in roll.removed or member.node_id in roll.strangers:
+                # This node ended before it could act on that.
+                self._host.transact(self._bury, member.node_id, f"{member.name} was removed from the mesh")
+            elif member.node_id not in roll.members:
                 self._unvouched.add(member.node_id)
                 self._let_in(member)
         if self._unvouched:

@@ -102,6 +102,9 @@ def test_a_removed_node_can_bring_back_neither_itself_nor_a_friend() -> None:
     removed = [says_in(A, B, 1), says_out(A, B, 5)]
     assert members([*removed, says_in(B, B, 6)]) == set()
     assert members([*removed, says_in(B, C, 6), says_in(C, B, 7)]) == set()
+    assert roll_of([*removed, says_in(B, C, 6)]).strangers == {C}, (
+        "no member of an older store, to be vouched for"
+    )
 
 
 def test_a_friend_of_a_removed_node_has_no_say_either() -> None:

@@ -398,6 +398,29 @@ def test_allowed_removed_and_allowed_again_five_times(tmp_path: Path) -> None:
     run(main())
 
 
+def test_a_removal_that_a_crash_cut_short_is_finished_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a:
+            async with Node("b", home=tmp_path / "b") as b:
+                await join(a, b)
+            waiting = await a.publish("t.x", b"", to=[b.node_id])
+            with monkeypatch.context() as patched:
+                patched.setattr(Mesh, "_bury", lambda *_: None)
+                await a.remove_peer(b.node_id)
+                await until(lambda: not a.peers())
+        a = Node("a", home=tmp_path / "a")
+        dead: list[tuple[str, str, str]] = []
+        a.on_dead(dead.extend)
+        async with a:
+            await until(lambda: dead)
+            assert dead == [(waiting.id, b.node_id, "b was removed from the mesh")]
+            assert a.peers() == []
+
+    run(main())
+
+
 def test_nobody_is_removed_who_is_no_member(tmp_path: Path) -> None:
     async def main() -> None:
         async with Node("a", home=tmp_path / "a") as a:
