@@ -1228,10 +1228,10 @@ class Oracle:
     registry  all nodes hold the same entries once the mesh had time to heal, whatever was cut or put back
 
     When a store goes back in time, what it forgot is no send of its node any more: the sender does not owe it, and a
-    recipient may still have it. All the rest stands: I1 within the retained window, because the regression check
-    queues again what the restored recipient lost; I2, I4 and I5 for every row; and I3 for what is in the inbox in
-    the end, provided that the stores put back are of one history: whoever restores an old backup, lets the node send,
-    and then restores a newer one, gives that node two pasts, between which there is no order.
+    recipient may still have it. All the rest stands: I1 within the retained window and a message's lifetime, because
+    the regression check queues again what the restored recipient lost; I2, I4 and I5 for every row; and I3 for what
+    is in the inbox in the end, provided that the stores put back are of one history: whoever restores an old backup,
+    lets the node send, and then restores a newer one, gives that node two pasts, between which there is no order.
     """
 
     def __init__(self, nodes: Mapping[str, SimNode], counts: Counter[str]) -> None:
@@ -1360,7 +1360,9 @@ class Oracle:
             row = journal.outbox.get(attempt.row)
             if row is None:
                 raise Violation("I10", f"{where} has no row at its sender")
-            if row.state == "delivered" and not is_held:
+            # What a recipient forgets after its lifetime is not sent again, and no loss.
+            is_over = self._nodes[attempt.peer].has_gone_back and row.expires_ms <= node.steady_ms
+            if row.state == "delivered" and not is_held and not is_over:
                 raise Violation("I1", f"{where} is lost: delivered, says its sender")
             wants_receipt = b'"receipt":true' in attempt.meta and not self._nodes[attempt.peer].has_gone_back
             can_tell = node.can_tell_receipts(attempt.peer) and not node.has_gone_back
