@@ -645,6 +645,8 @@ class Owner:
             self.tell(succeed, question.future, question.fn())
         except BrokerFreeError as error:
             self.tell(fail, question.future, error)
+        except (TypeError, ValueError) as error:  # the caller's arguments: no reason for the node to end
+            self.tell(fail, question.future, error)
         except BaseException as error:
             self.tell(fail, question.future, error)
             raise  # ours, not the caller's: the node ends, and whoever asked knows

@@ -47,7 +47,7 @@ _LAG_MS: Final = 1_000  # a loop that is late by more than this was not running
 _IDLE_MS: Final = 60_000  # a mesh of one has nobody to watch
 _PAUSE_MS: Final = 20  # between two looks, at least
 _NEVER_MS: Final = -(1 << 62)
-_INCARNATION_MAX: Final = 1 << 53  # what JSON readers that know only doubles can carry
+INCARNATION_MAX: Final = 1 << 53  # what JSON readers that know only doubles can carry
 _DOWN_PROBED: Final = 0.1  # of its turns, a member that is down gets a ping in so many: it may be back
 _ROLL_PERIODS: Final = 30  # between two exchanges of everything, which mend what news has lost
 
@@ -473,7 +473,7 @@ def decode(body: bytes, *, peers_max: int) -> Mapping[str, Any]:
     news = message.get("news", [])
     if not isinstance(news, list) or len(news) > peers_max + 1 or not all(_is_news(one) for one in news):
         raise InvalidInput("a probe with malformed news")
-    if not 0 <= _number(message.get("inc", 0)) < _INCARNATION_MAX:
+    if not 0 <= _number(message.get("inc", 0)) < INCARNATION_MAX:
         raise InvalidInput("a probe with an impossible incarnation")
     return message
 
@@ -481,7 +481,7 @@ def decode(body: bytes, *, peers_max: int) -> Mapping[str, Any]:
 def _is_news(one: object) -> bool:
     match one:
         case [str(), int(rank), int(incarnation)]:
-            return 0 <= rank < len(STATES) and 0 <= incarnation < _INCARNATION_MAX - 1
+            return 0 <= rank < len(STATES) and 0 <= incarnation < INCARNATION_MAX - 1
     return False
 
 

@@ -80,6 +80,7 @@ CANCELLED = "cancelled"  # the reason of a message that its sender withdrew
 _IDS_A_FRAME_MAX = 128  # in one frame, so that both the question and its answer fit
 EXPIRED = "expired"  # the reason of a message whose lifetime ran out while it waited
 _LAGGING = "consumers lag behind"
+_DONE = ("done", "dead")  # what a receipt may say; a tuple, because what a peer sends need not be hashable
 _UNDECIDED = frozenset({"queued", "revoking"})  # states of a message that may still be delivered
 
 
@@ -1380,7 +1381,7 @@ class Tick:
             self._inputs.confirmed.append((peer, ids))
             return
         states = frame.meta.get("states")
-        if not isinstance(states, list) or len(states) != len(ids) or not set(states) <= {"done", "dead"}:
+        if not isinstance(states, list) or len(states) != len(ids) or any(one not in _DONE for one in states):
             raise InvalidInput("a RECEIPT without a state for each id")
         self._inputs.receipts.append((peer, list(zip(ids, states, strict=True))))
 

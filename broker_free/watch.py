@@ -12,7 +12,7 @@ from broker_free.clock import mono_ms, utc_ms
 from broker_free.errors import InvalidInput
 from broker_free.limits import Limits
 from broker_free.membership import Member
-from broker_free.presence import Action, Presence, State, Tell, decode, encode
+from broker_free.presence import INCARNATION_MAX, Action, Presence, State, Tell, decode, encode
 from broker_free.tick import Tick
 from broker_free.transport import Transport
 
@@ -121,8 +121,9 @@ class Watch:
             return
         match beat:
             case {"node_id": str(peer)} if peer in self._members:
-                incarnation = beat.get("inc")
-                self.heard(peer, now_ms, incarnation=incarnation if isinstance(incarnation, int) else 0)
+                said = beat.get("inc")
+                incarnation = said if isinstance(said, int) and 0 <= said < INCARNATION_MAX - 1 else 0
+                self.heard(peer, now_ms, incarnation=incarnation)
                 if not self._tick.links[peer].is_open:
                     self._tick.redial_now(peer)  # it is there: no reason to wait out the back-off
 

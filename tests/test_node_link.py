@@ -396,3 +396,13 @@ def test_a_receipt_tells_that_a_consumer_is_done_also_after_both_were_started_ag
             assert told == [(second.id, b.node_id, "done")]
 
     run(main())
+
+
+def test_what_a_caller_gets_wrong_does_not_end_the_node(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Node("a", home=tmp_path / "a") as a:
+            with pytest.raises(TypeError):
+                await a.send("news.x", b"1", to=[["not", "a", "name"]])  # type: ignore[list-item]  # what is tested
+            await a.publish("news.x", b"2")
+
+    run(main())

@@ -8,6 +8,8 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+import pytest
+
 from broker_free import frames
 from broker_free.errors import Conflict, OutcomeUnknown, UnknownPeer
 from broker_free.frames import Frame
@@ -664,6 +666,14 @@ def test_a_message_given_up_on_earns_a_receipt_that_says_so() -> None:
         one.run(steady_ms=UTC + tries * 1_000_000)
     receipt = next(frame for frame in one.wire.frames if frame.kind == frames.RECEIPT)
     assert receipt.meta == {"ids": [wanting], "states": ["dead"]}
+
+
+@pytest.mark.parametrize("states", [None, [], ["lost"], [["done"]], [{}], ["done", "done"]])
+def test_a_receipt_of_the_wrong_shape_ends_the_session_and_is_counted(states: object) -> None:
+    one = node()
+    one.receive(Frame(kind=frames.RECEIPT, meta={"ids": [new_id(UTC)], "states": states}))
+    assert one.tick.refused["frame-metadata"] == 1
+    assert one.run().receipts == []
 
 
 def test_a_receipt_is_told_once_and_one_for_an_unknown_message_is_counted() -> None:
