@@ -32,6 +32,9 @@ from broker_free.limits import Limits
 from broker_free.outside import load_json
 
 OWNED: Final = "own."  # what the name of an owned bucket begins with
+MESH: Final = (
+    "own.bf."  # and one of this library: who belongs to the mesh must be writable when all else is full
+)
 LEAVES: Final = 256  # of the tree by which two nodes find out where they differ
 
 _COUNTER_BITS: Final = 16
@@ -82,6 +85,11 @@ def owner_of(bucket: str, key: str) -> str | None:
     return key.partition(".")[0] if bucket.startswith(OWNED) else None
 
 
+def _size_key(bucket: str, key: str) -> str:
+    """Return what a key is counted under: its bucket, and in those of the mesh its writer too."""
+    return f"{bucket} {owner_of(bucket, key)}" if bucket.startswith(MESH) else bucket
+
+
 class HybridClock:
     """Stamps that never go back and stay near the wall clock (Kulkarni et al., 2014)."""
 
@@ -122,7 +130,7 @@ class Registry:
         self.sums = [0] * LEAVES  # of each leaf: all its digests, XOR
         self._root = ""
         self._tombstones: set[Key] = set()
-        self._sizes: Counter[str] = Counter()  # keys of each bucket, tombstones included
+        self._sizes: Counter[str] = Counter()  # keys by `_size_key`, tombstones included
         self._written: set[Key] = set()  # by this node since its start
         self._reassert_after_ms: dict[Key, int] = {}
         for entry in entries:
@@ -192,6 +200,11 @@ class Registry:
         if (bucket, key) in self._held:
             return ""
         limits = self._limits
+        if bucket.startswith(MESH):
+            written = self._sizes[_size_key(bucket, key)]
+            if written >= 2 * limits.peers_max:
+                return f"a node has written {written} keys of {bucket!r}: more than there can be members"
+            return ""
         if len(self._held) + pending >= limits.registry_entries_max:
             return f"the registry holds {len(self._held)} entries; the limit is {limits.registry_entries_max}"
         if self._sizes[bucket] + pending >= limits.registry_bucket_keys_max:
@@ -353,7 +366,7 @@ class Registry:
         self._leaves[held.hash % LEAVES][entry.at] = held
         if counts:
             self._count(held)
-        self._sizes[entry.bucket] += 1
+        self._sizes[_size_key(*entry.at)] += 1
         if entry.value is None:
             self._tombstones.add(entry.at)
 
@@ -364,9 +377,10 @@ class Registry:
         del self._leaves[held.hash % LEAVES][at]
         if held.counts:
             self._count(held)
-        self._sizes[at[0]] -= 1
-        if not self._sizes[at[0]]:
-            del self._sizes[at[0]]
+        size_key = _size_key(*at)
+        self._sizes[size_key] -= 1
+        if not self._sizes[size_key]:
+            del self._sizes[size_key]
         self._tombstones.discard(at)
 
     def _count(self, held: Held) -> None:

@@ -173,6 +173,20 @@ def test_a_node_whose_store_went_back_gets_its_own_newer_entries_from_the_others
     assert restored.make("own.b", "me.k", {}, now_ms=1).stamp > lost.stamp
 
 
+def test_who_belongs_to_the_mesh_can_be_written_when_all_else_is_full() -> None:
+    entries = Registry("me", limits=replace(LIMITS, peers_max=2))
+    given_to(entries, [Entry(bucket="b", key=f"k{n}", value={}, stamp=1, origin="x") for n in range(5)])
+    given_to(entries, [Entry(bucket="c", key=f"k{n}", value={}, stamp=1, origin="x") for n in range(5)])
+    for number in range(4):
+        written(entries, "own.bf.member", f"me.n{number}", {}, 1)
+    with pytest.raises(RegistryFull, match="more than there can be members"):
+        entries.make("own.bf.member", "me.n4", {}, now_ms=1)
+    theirs = Entry(bucket="own.bf.member", key="x.n0", value={}, stamp=1, origin="x")
+    assert given_to(entries, [theirs]) == [theirs]
+    entries.drop([("own.bf.member", "me.n0")])
+    entries.make("own.bf.member", "me.n4", {}, now_ms=1)
+
+
 def test_names_values_and_numbers_have_bounds() -> None:
     entries = Registry("me", limits=LIMITS)
     for bucket, key in (("", "k"), ("b", ""), ("b", "a b"), ("b", "a.*"), ("b", ">"), ("b", "x\n")):
