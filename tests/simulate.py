@@ -207,7 +207,7 @@ def _search_slice(asked: _Slice) -> Found | None:
     with quiet(), without_gc():
         for seed in range(start, start + seeds):
             try:
-                run_seed(seed, rollback=rollback, bug=bug, profile=profile)
+                run_seed(seed, rollback=rollback, bug=bug, profile=profile).close()
             except Violation as violation:
                 return Found(seed, str(violation))
             except AssertionError as error:
@@ -217,7 +217,7 @@ def _search_slice(asked: _Slice) -> Found | None:
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Collect the clusters of a slice, which are full of cycles, at its end and not a hundred times within it."""
+    """Collect what clusters leave behind at the end of a slice, and not a hundred times within it."""
     was = gc.isenabled()
     gc.disable()
     try:

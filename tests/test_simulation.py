@@ -5,6 +5,7 @@ More, and one seed with all that happens in it: `python -m tests.simulate --help
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from broker_free.message import Envelope, Message
 from broker_free.testing import SMALL, Cluster, Faults, SimJournal, SimNode
 from broker_free.tick import Outcome, Publish, Tick, Tx, Work
 from tests.conftest import ROOT
-from tests.simulate import BUGS, Bug, quiet, run_seed, search
+from tests.simulate import BUGS, Bug, quiet, run_seed, search, without_gc
 from tests.version1 import Tick1
 
 AS_IT_IS = Bug(name="none")
@@ -263,3 +264,16 @@ def test_two_live_copies_of_one_node_do_not_take_turns_and_everybody_is_told(see
             assert mine == ids[: len(mine)], "in order, and nothing left out"
         assert any(set(ids) <= set(arrived) for ids in sent.values()), "one of them is served all the time"
         assert all("clone" in alarms[id(node)] for node in (hub, original, copy))
+
+
+def test_a_closed_cluster_leaves_little_to_the_garbage_collector() -> None:
+    left = []
+    for is_closed in (False, True):
+        gc.collect()
+        with without_gc():
+            cluster = run_seed(1)
+            if is_closed:
+                cluster.close()
+            del cluster
+            left.append(gc.collect())
+    assert left[1] < left[0] / 2
