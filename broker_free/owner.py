@@ -72,9 +72,8 @@ _HOUSEKEEPING_MS: Final = 5_000
 _PRUNE_MS: Final = 3_600_000
 _RELISTEN_AFTER_MS: Final = 200
 _RELISTEN_AGAIN_MS: Final = 1_000
-_MEMORY_MS: Final = (
-    1_000  # a member on a fast network sends some 200 MB in that time; each look wakes an idle node
-)
+# A member on a fast network sends some 200 MB in that time; each look wakes an idle node.
+_MEMORY_MS: Final = 1_000
 _ROTATE_TIMEOUT_S: Final = 3.0
 _ROTATE_LOOK_S: Final = 0.02
 KEY_FILE: Final = "node.keys"
