@@ -50,9 +50,9 @@ def run_cases(shim: Path, folder: Path, *cases: str) -> list[dict[str, Any]]:
 def test_a_sync_that_fails_stops_the_node_and_loses_nothing_it_said_was_done(
     shim: Path, tmp_path: Path, record_property: Callable[[str, object], None], who: str
 ) -> None:
-    results = run_cases(shim, tmp_path, *(f"{who}:{number}" for number in range(1, 9)))
-    assert len(results) == 8
-    record_property("faults", 8)
+    results = run_cases(shim, tmp_path, *(f"{who}:{number}" for number in range(1, 10)))
+    assert len(results) == 9
+    record_property("faults", 9)
     for result in results:
         accepted, arrived = result["accepted"], result["arrived"]
         assert set(accepted) <= set(arrived), result
